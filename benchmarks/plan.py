@@ -1,0 +1,97 @@
+"""What a set of cells would cost: iterations, epochs, hours and disk, before anything is launched."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from budgeted.files import read_json
+from budgeted.recipe import Recipe
+
+# Bytes of a checkpoint by model, where no run has left one to measure: parameters x 4 x 2 (weights and momentum).
+MOST_ROWS = 60
+
+
+def price(recipes: Sequence[Recipe]) -> list[dict[str, Any]]:
+    """One row per cell: name, state, iterations, epochs, seconds (None where nothing was measured), bytes on disk."""
+    speeds = _speeds(recipes[0].cell.out) if recipes else {}
+    rows = []
+    for r in recipes:
+        given = r.cfg["plan"]["samples_per_second"]
+        measured, size = speeds.get((r.cell.task, r.cfg["task"]["model"], r.cfg["precision"]), (None, None))
+        rate = given or measured
+        samples = None if r.total is None else r.epoch.seen(r.total)
+        rows.append(
+            {
+                "cell": r.cell.name,
+                "state": r.cell.state,
+                "iterations": r.total,
+                "epochs": None if r.total is None else float(r.total / r.epoch.iterations),
+                "seconds": r.seconds if r.seconds else samples / rate if samples is not None and rate else None,
+                "bytes": size,
+                "data": "present" if Path(r.data.root).is_dir() else "generated on first use",  # type: ignore[attr-defined]
+            }
+        )
+    return rows
+
+
+def show(recipes: Sequence[Recipe]) -> None:
+    """Print the table, its total, and where the prices come from."""
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = price(recipes)
+    table = Table(title=f"{len(rows)} cells", title_justify="left")
+    for name, justify in (("cell", "left"), ("state", "left"), ("iterations", "right"), ("epochs", "right"), ("hours", "right"), ("data", "left")):
+        table.add_column(name, justify=justify, no_wrap=name == "cell")  # type: ignore[arg-type]
+    for row in rows[:MOST_ROWS]:
+        table.add_row(
+            row["cell"], row["state"], _or_clock(row["iterations"]), _digits(row["epochs"]), _hours(row["seconds"]), row["data"]
+        )
+    if len(rows) > MOST_ROWS:
+        table.add_row(f"... and {len(rows) - MOST_ROWS} more", "", "", "", "", "")
+    console = Console()
+    console.print(table)
+    console.print(_total(rows))
+
+
+def _total(rows: list[dict[str, Any]]) -> str:
+    left = [r for r in rows if r["state"] != "done"]
+    priced = [r["seconds"] for r in left if r["seconds"] is not None]
+    iterations = sum(r["iterations"] or 0 for r in left)
+    line = f"{len(rows) - len(left)} done, {len(left)} to run: {iterations:,} iterations"
+    if priced:
+        line += f", {sum(priced) / 3600:.2f} hours of training"
+    if len(priced) < len(left):
+        line += f"; {len(left) - len(priced)} not priced: no throughput measured (mode=probe measures, plan.samples_per_second= gives it)"
+    sizes = [r["bytes"] for r in left if r["bytes"]]
+    return line + (f"; about {sum(sizes) / 1e9:.2f} GB on disk" if sizes else "")
+
+
+def _speeds(out: Path) -> dict[tuple[str, str, str], tuple[float, int]]:
+    """(task, model, precision) to the median samples/s and bytes of the runs and probes that are there."""
+    found: dict[tuple[str, str, str], list[tuple[float, int]]] = {}
+    for path in [*out.glob("*/*/*/*/result.json"), *out.glob("probe/*.json")]:
+        result = read_json(path) or {}
+        speed = result.get("samples_per_second")
+        if isinstance(speed, int | float) and speed > 0:
+            key = (str(result.get("task")), str(result.get("model")), str(result.get("precision")))
+            size = sum(f.stat().st_size for f in path.parent.iterdir() if f.is_file()) if path.name == "result.json" else 0
+            found.setdefault(key, []).append((float(speed), size))
+    return {
+        k: (statistics.median(s for s, _ in v), int(statistics.median(b for _, b in v))) for k, v in found.items()
+    }
+
+
+def _or_clock(iterations: int | None) -> str:
+    return "by the clock" if iterations is None else f"{iterations:,}"
+
+
+def _digits(value: float | None) -> str:
+    return "" if value is None else f"{value:,.2f}"
+
+
+def _hours(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds / 3600:,.3f}"

@@ -1,0 +1,147 @@
+"""Budgets: an amount with a unit, resolved once to one integer T, or to seconds of a training clock.
+
+    Budget("5%").iterations(full)      # of the recipe's full run
+    Budget("900it")  "12ep"  "1.2e6im"  # iterations, epochs, images or clips
+    Budget("45min")  "1.5h"  "8gpuh"    # the clock: elapsed training seconds
+    Budget("3e17flop")                  # training FLOPs, by the cost of one iteration
+
+One iteration is one optimizer update of the global batch.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+from budgeted.errors import UserError
+
+UNITS = ("%", "it", "ep", "im", "min", "h", "gpuh", "flop")
+CLOCK_SECONDS = {"min": 60, "h": 3600, "gpuh": 3600}
+MOST_ITERATIONS = 10**12  # beyond it a run would take longer than anyone waits
+FORMS = "an amount such as 5%, 900it, 12ep, 1.2e6im, 45min, 1.5h, 8gpuh or 3e17flop"
+
+_AMOUNT = re.compile(r"([+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,3})?)\s*(%|[a-zA-Z]*)")
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """How samples make epochs: `samples` in the training set, `batch` of them (globally) an iteration.
+
+    `last` says what becomes of an epoch's remainder: "drop" leaves it out, "keep" makes a smaller batch of it,
+    "carry" starts the next epoch in the middle of a batch.
+    """
+
+    samples: int
+    batch: int
+    last: str = "drop"
+
+    @property
+    def iterations(self) -> Fraction:
+        """Iterations in one epoch; a fraction where the remainder is carried."""
+        exact = Fraction(self.samples, self.batch)
+        return exact if self.last == "carry" else Fraction(math.ceil(exact) if self.last == "keep" else int(exact))
+
+    def position(self, step: int) -> int:
+        """The position in the endless sample stream at which iteration `step` starts (epoch * samples + offset)."""
+        if self.last == "carry":
+            return step * self.batch
+        epoch, offset = divmod(step, int(self.iterations))
+        return epoch * self.samples + offset * self.batch
+
+    def positions(self, step: int) -> range:
+        """The positions that make up iteration `step`."""
+        start = self.position(step)
+        if self.last != "keep":
+            return range(start, start + self.batch)
+        return range(start, min(start + self.batch, (start // self.samples + 1) * self.samples))
+
+    def seen(self, step: int) -> int:
+        """Samples trained on in the first `step` iterations."""
+        if self.last == "keep":
+            return self.position(step)
+        return step * self.batch
+
+
+@dataclass(frozen=True)
+class Budget:
+    """An amount as written. Raises UserError when it is not a positive number with a known unit."""
+
+    amount: str
+
+    def __post_init__(self) -> None:
+        self._parse()
+
+    def _parse(self) -> tuple[Fraction, str]:
+        match = _AMOUNT.fullmatch(str(self.amount).strip())
+        if not match:
+            raise UserError(f"budget.amount={self.amount}: not an amount; write {FORMS}")
+        number, unit = match.groups()
+        if unit not in UNITS:
+            wrong = f"unknown unit {unit!r}" if unit else "no unit"
+            raise UserError(f"budget.amount={self.amount}: {wrong}; write {FORMS}")
+        value = Fraction(number)
+        if value <= 0:
+            raise UserError(f"budget.amount={self.amount}: must be positive")
+        return value, unit
+
+    @property
+    def value(self) -> Fraction:
+        return self._parse()[0]
+
+    @property
+    def unit(self) -> str:
+        return self._parse()[1]
+
+    @property
+    def is_clock(self) -> bool:
+        """Does the wall clock decide when it ends?"""
+        return self.unit in CLOCK_SECONDS
+
+    def iterations(
+        self, full: int | None = None, epoch: Epoch | None = None, flop_per_iteration: float | None = None
+    ) -> int:
+        """T, at least 1 for a percentage: max(1, round(fraction * full)), never truncated to epochs.
+
+        `full`: iterations of the recipe's full run, for %. `epoch`: for ep and im. `flop_per_iteration`: for flop.
+        Raises UserError when the amount comes to no iteration, to more than 10^12, or needs what is not given.
+        """
+        value, unit = self._parse()
+        if unit == "it":
+            if value.denominator != 1:
+                raise UserError(f"budget.amount={self.amount}: iterations are whole numbers")
+            exact = value
+        elif unit == "%":
+            exact = max(Fraction(1), value / 100 * _given(full, self.amount, "the full run"))
+        elif unit == "ep":
+            exact = value * _given(epoch, self.amount, "the data set").iterations
+        elif unit == "im":
+            data = _given(epoch, self.amount, "the data set")
+            exact = value / data.samples * data.iterations if data.last == "keep" else value / data.batch
+        elif unit == "flop":
+            exact = value / Fraction(_given(flop_per_iteration, self.amount, "the cost of one iteration"))
+        else:
+            raise UserError(f"budget.amount={self.amount}: a clock budget has no fixed number of iterations")
+        if exact > MOST_ITERATIONS:
+            raise UserError(f"budget.amount={self.amount}: {float(exact):.3g} iterations is more than 1e12")
+        if round(exact) < 1:
+            raise UserError(f"budget.amount={self.amount}: comes to {float(exact):.2g} iterations, less than one")
+        return round(exact)
+
+    def seconds(self, gpus: int = 1) -> float:
+        """Training seconds of a clock budget; GPU-hours are shared by `gpus` devices."""
+        value, unit = self._parse()
+        share = gpus if unit == "gpuh" else 1
+        return float(value * CLOCK_SECONDS[unit] / share)
+
+
+def full_iterations(full: str, epoch: Epoch) -> int:
+    """Iterations of the full run, given as `100ep`, `90000it` or `1.2e6im`."""
+    return Budget(full).iterations(epoch=epoch)
+
+
+def _given(value, amount: str, what: str):
+    if value is None:
+        raise UserError(f"budget.amount={amount}: needs {what} to become iterations")
+    return value

@@ -1,0 +1,108 @@
+"""Checkpoints: written atomically, checked by a digest, the last two kept, loaded without running code."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from budgeted.files import atomic
+
+log = logging.getLogger("budgeted")
+SCHEMA = 1
+
+
+class BrokenCheckpoint(Exception):
+    """A checkpoint that does not load, or is not what was written."""
+
+
+def tensors_sha256(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """SHA-256 over names, types, shapes and bytes of tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+    return digest.hexdigest()
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` (tensors, numbers, strings, lists, dicts) to `path`; the one before it becomes *.prev.pt."""
+    content = {"schema": SCHEMA, **content}
+    content["digest"] = _digest(content)
+    with atomic(path, "wb") as handle:
+        torch.save(content, handle)
+        handle.flush()
+        if path.exists():
+            spare = previous(path).with_suffix(".tmp")
+            with suppress(FileNotFoundError):
+                spare.unlink()
+            os.link(path, spare)
+            os.replace(spare, previous(path))
+
+
+def load(path: Path) -> dict[str, Any] | None:
+    """The newest checkpoint that is whole, on the CPU, or None when there is none. A broken one is named in the log.
+
+    Raises BrokenCheckpoint when there are checkpoints but none of them is whole.
+    """
+    broken = []
+    for candidate in (path, previous(path)):
+        if not candidate.exists():
+            continue
+        try:
+            content = _read(candidate)
+        except BrokenCheckpoint as error:
+            log.warning("%s is broken (%s): trying the one before", candidate, error)
+            broken.append(candidate.name)
+            continue
+        return content
+    if broken:
+        raise BrokenCheckpoint(f"{path.parent}: no whole checkpoint ({', '.join(broken)} broken); remove to start over")
+    return None
+
+
+def previous(path: Path) -> Path:
+    """Where the checkpoint before `path` is kept."""
+    return path.with_name(f"{path.stem}.prev{path.suffix}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+            raise BrokenCheckpoint("not a checkpoint of this version")
+        if content.pop("digest", None) != _digest(content):
+            raise BrokenCheckpoint("its digest does not match its content")
+    except BrokenCheckpoint:
+        raise
+    except Exception as error:  # hostile bytes make torch raise anything, from EOFError to zip and pickle errors
+        reason = (str(error).splitlines() or [""])[0][:120]
+        raise BrokenCheckpoint(f"{type(error).__name__}: {reason}") from error
+    return content
+
+
+def _digest(content: dict[str, Any]) -> str:
+    tensors: list[tuple[str, torch.Tensor]] = []
+    plain = hashlib.sha256()
+
+    def walk(value: Any, name: str) -> None:
+        if isinstance(value, torch.Tensor):
+            tensors.append((name, value))
+        elif isinstance(value, dict):
+            for k, v in value.items():
+                walk(v, f"{name}/{type(k).__name__}:{k}")
+        elif isinstance(value, list | tuple):
+            for k, v in enumerate(value):
+                walk(v, f"{name}/{k}")
+        else:
+            plain.update(f"{name}={value!r}\n".encode())
+
+    walk(content, "")
+    return hashlib.sha256((tensors_sha256(tensors) + plain.hexdigest()).encode()).hexdigest()

@@ -1,0 +1,90 @@
+"""Data addressed by position: resuming is a start position, whatever the number of workers.
+
+Position k of the endless stream is sample permutation(seed, k // N)[k % N], augmented by generators seeded
+with (seed, k). Nothing is skipped by decoding it, and no loader state is saved.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from budgeted.budgets import Epoch
+from budgeted.randomness import SAMPLES, permutation, preserved, seed_all
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class Positioned(Dataset):
+    """A map-style dataset seen through positions. Its samples may draw from random, numpy.random and torch."""
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        self.dataset, self.seed, self.n = dataset, seed, len(dataset)
+        self._orders: dict[int, Any] = {}
+
+    def __getitem__(self, position: int) -> Any:
+        epoch, offset = divmod(position, self.n)
+        index = int(self._order(epoch)[offset])
+        if get_worker_info() is not None:
+            return self._sample(position, index)
+        with preserved():  # in the main process the model's draws must not follow the data's
+            return self._sample(position, index)
+
+    def _sample(self, position: int, index: int) -> Any:
+        seed_all(self.seed, SAMPLES, position)
+        return self.dataset[index]
+
+    def _order(self, epoch: int) -> Any:
+        if epoch not in self._orders:
+            self._orders = {k: v for k, v in self._orders.items() if k == epoch - 1}  # a batch may straddle two
+            self._orders[epoch] = permutation(self.seed, epoch, self.n)
+        return self._orders[epoch]
+
+
+class Batches:
+    """Positions of each batch from iteration `start` to `stop`: this rank's share, in pieces of `micro`."""
+
+    def __init__(self, epoch: Epoch, start: int, stop: int, rank: int = 0, world: int = 1, micro: int | None = None):
+        self.epoch, self.start, self.stop = epoch, start, stop
+        self.rank, self.world, self.micro = rank, world, micro
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.start, self.stop):
+            yield from self.pieces(step)
+
+    def pieces(self, step: int) -> list[list[int]]:
+        """The batches that iteration `step` is made of on this rank."""
+        own = list(self.epoch.positions(step)[self.rank :: self.world])
+        size = self.micro or len(own)
+        return [own[k : k + size] for k in range(0, len(own), size)]
+
+
+def loader(
+    dataset: Any,
+    seed: int,
+    batches: Batches,
+    workers: int = 0,
+    collate_fn: Callable | None = None,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """A DataLoader over `batches` of `dataset`. The same samples come for any number of `workers`."""
+    return DataLoader(
+        Positioned(dataset, seed),
+        batch_sampler=batches,  # type: ignore[arg-type]
+        num_workers=workers,
+        collate_fn=collate_fn,
+        pin_memory=pin_memory,
+        worker_init_fn=ignore_stop_signals,
+        # Making an iterator draws a base seed, from torch's own generator unless it is given another.
+        generator=torch.Generator(),
+    )
+
+
+def ignore_stop_signals(worker: int = 0) -> None:
+    """A data worker leaves signals to the trainer, which saves and ends it."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

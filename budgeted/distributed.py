@@ -1,0 +1,90 @@
+"""Which of how many processes this is. We start none: torchrun and SLURM do, we read the environment."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from budgeted.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """`rank` of `size` processes; rank 0 alone writes the run's directory."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def from_environment(cls) -> World:
+        """torchrun's RANK, or SLURM_PROCID inside an srun step of several tasks; else one process."""
+        env = os.environ
+        try:
+            if "RANK" in env and "WORLD_SIZE" in env:
+                return cls(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)))
+            if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+                return cls(int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"]))
+        except ValueError as error:
+            raise UserError(f"RANK, WORLD_SIZE or SLURM_PROCID in the environment: {error}") from None
+        return cls()
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def join(self, device: torch.device) -> None:
+        """Meet the other processes (nccl on a GPU, gloo on a CPU). Needs MASTER_ADDR and MASTER_PORT."""
+        if self.size == 1 or dist.is_initialized():
+            return
+        if "MASTER_ADDR" not in os.environ:
+            _address_from_slurm()
+        os.environ.update(RANK=str(self.rank), WORLD_SIZE=str(self.size), LOCAL_RANK=str(self.local_rank))
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, rank=self.rank, world_size=self.size, timeout=timedelta(minutes=10))
+
+    def mean(self, value: torch.Tensor) -> torch.Tensor:
+        """The mean of `value` over all ranks."""
+        if self.size > 1:
+            value = value.detach().clone()
+            dist.all_reduce(value)
+            value /= self.size
+        return value
+
+    def gather(self, value: object) -> list:
+        """`value` of every rank, in the order of ranks, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def agree(self, value):
+        """Rank 0's `value`, on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def leave(self) -> None:
+        """Part from the other processes."""
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _address_from_slurm() -> None:
+    """MASTER_ADDR is the step's first node, MASTER_PORT a function of the job: every rank finds the same."""
+    import subprocess
+
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
+    hosts = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True).stdout.split()
+    if not hosts:
+        raise UserError("MASTER_ADDR is not set and SLURM names no nodes: start with torchrun or srun")
+    os.environ["MASTER_ADDR"] = hosts[0]
+    job = int(os.environ.get("SLURM_JOB_ID", "0")) * 31 + int(os.environ.get("SLURM_STEP_ID", "0"))
+    os.environ["MASTER_PORT"] = str(15000 + job % 20000)

@@ -1,0 +1,49 @@
+"""Randomness as a function of (seed, position) and (seed, step): there is no generator state to save."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+SAMPLES, STEPS, EVALUATION = 1, 2, 3  # what a key is for: equal numbers of different streams must not collide
+_MASK = (1 << 64) - 1
+
+
+def key(*numbers: int) -> int:
+    """A 63-bit hash of whole numbers (rounds of splitmix64): equal inputs give equal seeds on any machine."""
+    state = 0x9E3779B97F4A7C15
+    for number in numbers:
+        state = (state + (number & _MASK) * 0xD1342543DE82EF95 + 0x9E3779B97F4A7C15) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state ^= state >> 31
+    return state >> 1
+
+
+def seed_all(*numbers: int) -> None:
+    """Seed random, numpy.random and torch (every device) from `key(*numbers)`."""
+    value = key(*numbers)
+    random.seed(value)
+    np.random.seed(value & 0xFFFFFFFF)
+    torch.manual_seed(value)
+
+
+@contextmanager
+def preserved() -> Iterator[None]:
+    """Put the CPU generators back as they were found."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
+    """The order of epoch `epoch`: a permutation of range(n), a function of its arguments alone."""
+    return np.random.Generator(np.random.Philox(key=key(seed, epoch))).permutation(n)

@@ -1,0 +1,255 @@
+"""What a configuration means: checked, and resolved to a horizon, a schedule and a cell."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Protocol
+
+from budgeted import schedules
+from budgeted.budgets import Budget, Epoch, full_iterations
+from budgeted.cells import Cell, signature
+from budgeted.errors import UserError, nearest
+
+Config = dict[str, Any]
+
+
+class DataSummary(Protocol):
+    """What is known of a data set before it is loaded."""
+
+    name: str
+    n_train: int
+    n_val: int
+    classes: tuple[str, ...]
+    missing: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A configuration resolved once: everything else derives from these.
+
+    `full`: iterations of the full run. `total`: T, or None where the clock decides or FLOPs must be counted
+    first. `seconds`: length of a clock budget. `schedule`: with warm-up and hold in it.
+    """
+
+    cfg: Config
+    data: DataSummary
+    epoch: Epoch
+    full: int
+    total: int | None
+    seconds: float | None
+    schedule: schedules.Schedule
+    cell: Cell
+    fields: Config
+
+    def period(self, amount: str, total: int | None) -> Callable[[int, float], int]:
+        """How many periods of `amount` are over after a number of steps, or at a progress: see `periods`."""
+        return periods(amount, total, self.epoch)
+
+
+def resolve(cfg: Config, named: Config, data: DataSummary, gpus: int = 1) -> Recipe:
+    """The recipe that `cfg` describes. `named`: the same choice of groups with nothing overridden.
+
+    Raises UserError where a value is out of range, the budget comes to nothing or the batch exceeds the data.
+    """
+    task, budget = cfg["task"], Budget(cfg["budget"]["amount"])
+    batch = task["batch_size"]
+    if data.n_train < batch and task["last_batch"] != "keep":
+        raise UserError(f"task.batch_size={batch}: larger than the data set ({data.n_train} training samples)")
+    epoch = Epoch(data.n_train, batch, task["last_batch"])
+    full = full_iterations(task["full"], epoch)
+    needs_model = budget.is_clock or budget.unit == "flop"
+    if budget.unit == "gpuh" and cfg["device"] == "cpu":
+        raise UserError(f"budget.amount={budget.amount}: there are no GPU-hours on device=cpu; write min or h")
+    fields = _affecting(cfg, data)
+    cell = Cell(
+        task=task["name"],
+        schedule=cfg["schedule"]["name"],
+        budget=budget.amount,
+        seed=cfg["seed"],
+        signature=signature(fields),
+        departs=fields != _affecting(named, data) or _other_data(task, data),
+        out=Path(cfg["out"]),
+    )
+    return Recipe(
+        cfg=cfg,
+        data=data,
+        epoch=epoch,
+        full=full,
+        total=None if needs_model else budget.iterations(full, epoch),
+        seconds=budget.seconds(gpus) if budget.is_clock else None,
+        schedule=build_schedule(cfg, full, epoch),
+        cell=cell,
+        fields=fields,
+    )
+
+
+def build_schedule(cfg: Config, full: int, epoch: Epoch) -> schedules.Schedule:
+    """The schedule of `cfg` with the recipe's milestones and epochs filled in, its warm-up and its hold."""
+    constants = {k: v for k, v in cfg["schedule"].items() if k != "name"}
+    name, warm = cfg["schedule"]["name"], cfg["task"]["warmup"]
+    if name == "step" and constants.get("milestones") is None:
+        constants["milestones"] = cfg["task"]["milestones"]
+    if name == "exp" and constants.get("T0") is None:
+        constants["T0"] = float(full / epoch.iterations)
+    schedule = schedules.make(name, **constants)
+    if cfg["hold"] is not None:
+        schedule = schedules.hold(schedule, cfg["hold"])
+    return schedules.warmup(schedule, warm["fraction"], warm["factor"])
+
+
+def periods(amount: str, total: int | None, epoch: Epoch) -> Callable[[int, float], int]:
+    """A function of (steps done, progress) that counts the periods of `amount` that are over.
+
+    `25%` is of the run; `500it` and `1ep` are of iterations. Where the count grows, something is due.
+    """
+    budget = Budget(amount)
+    if budget.unit == "%":
+        share = budget.value / 100
+        if total is None:
+            return lambda steps, progress: int(progress / float(share) + 1e-9)
+        return lambda steps, progress: steps * share.denominator // (share.numerator * total)
+    if budget.is_clock or budget.unit == "flop":
+        raise UserError(f"{amount}: a period is a percentage of the run, iterations or epochs")
+    length = Fraction(max(1, budget.iterations(epoch=epoch))) if budget.unit != "ep" else _epochs(budget, epoch)
+    return lambda steps, progress: steps * length.denominator // length.numerator
+
+
+def _epochs(budget: Budget, epoch: Epoch) -> Fraction:
+    return max(Fraction(1), budget.value * epoch.iterations)
+
+
+def _affecting(cfg: Config, data: DataSummary) -> Config:
+    """All that affects the result and nothing else: no paths, launchers, loggers or worker counts."""
+    quiet = {"samples", "val_samples", "classes"}  # what the data should be; what it is stands under "data"
+    task = {k: v for k, v in cfg["task"].items() if k not in quiet}
+    if os.path.sep in str(task["weights"]) and "://" not in str(task["weights"]):
+        task["weights"] = f"file:{os.path.basename(task['weights'])}"
+    optimizer = dict(cfg["optimizer"])
+    optimizer["lr"] = task["lr"] if optimizer.get("lr") is None else optimizer["lr"]
+    return {
+        "task": task,
+        "schedule": cfg["schedule"],
+        "budget": cfg["budget"]["amount"],
+        "optimizer": optimizer,
+        "seed": cfg["seed"],
+        "precision": cfg["precision"],
+        "hold": cfg["hold"],
+        "on_nonfinite": cfg["on_nonfinite"],
+        "data": {"subset": cfg["data"]["subset"], "train": data.n_train, "classes": len(data.classes)},
+    }
+
+
+def _other_data(task: Config, data: DataSummary) -> bool:
+    """Is this other data than the recipe is for? (`task.samples` and `task.classes`, where they are fixed.)"""
+    nominal = ((task.get("samples"), data.n_train), (task.get("classes"), len(data.classes)))
+    return any(wanted is not None and wanted != found for wanted, found in nominal)
+
+
+# A rule is a test and the words for it.
+Rule = tuple[Callable[[Any], bool], str]
+
+
+def _number(low: float, high: float = float("inf"), words: str = "") -> Rule:
+    return (
+        lambda v: not isinstance(v, bool) and isinstance(v, int | float) and low <= v < high,
+        words or (f"a number in [{low}, {high})" if high < float("inf") else f"a number of at least {low}"),
+    )
+
+
+def _whole(low: int, optional: bool = False) -> Rule:
+    words = f"a whole number of at least {low}" + (" or null" if optional else "")
+    return lambda v: (v is None and optional) or (type(v) is int and v >= low), words
+
+
+def _one_of(*choices: Any) -> Rule:
+    return lambda v: v in choices and isinstance(v, bool) == (v in (True, False)), "one of " + ", ".join(map(str, choices))
+
+
+def _amount(v: Any) -> bool:
+    try:
+        return bool(Budget(str(v)))
+    except UserError:
+        return False
+
+
+FLAG: Rule = (lambda v: isinstance(v, bool), "true or false")
+PERIOD: Rule = (_amount, "an amount such as 25%, 500it or 1ep")
+WORD: Rule = (lambda v: isinstance(v, str) and bool(v), "a name")
+FRACTIONS: Rule = (
+    lambda v: isinstance(v, list) and all(isinstance(m, int | float) and 0 < m < 1 for m in v),
+    "a list of fractions in (0, 1)",
+)
+RULES: dict[str, Rule] = {
+    "out": WORD,
+    "seed": _whole(0),
+    "device": _one_of("auto", "cpu", "cuda"),
+    "precision": _one_of("fp32", "bf16"),
+    "compile": FLAG,
+    "channels_last": FLAG,
+    "micro_batch": _whole(1, optional=True),
+    "hold": _whole(1, optional=True),
+    "log_every": _whole(1),
+    "on_nonfinite": _one_of("stop", "skip"),
+    "grad_norm": FLAG,
+    "checkpoint.every": PERIOD,
+    "checkpoint.minutes": _number(0),
+    "task.model": WORD,
+    "task.weights": WORD,
+    "task.batch_size": _whole(1),
+    "task.lr": (lambda v: _number(0)[0](v) and v > 0, "a positive number"),
+    "task.weight_decay": _number(0),
+    "task.full": (_amount, "an amount such as 100ep or 90000it"),
+    "task.last_batch": _one_of("drop", "keep", "carry"),
+    "task.milestones": FRACTIONS,
+    "task.warmup.fraction": _number(0, 1),
+    "task.warmup.factor": _number(0, 1 + 1e-9, "a number in [0, 1]"),
+    "task.metric": WORD,
+    "task.rule": _one_of("best", "final"),
+    "task.eval_every": PERIOD,
+    "data.workers": _whole(0),
+    "data.subset": _whole(1, optional=True),
+}
+
+
+def validate(cfg: Config) -> None:
+    """Check types and ranges. Raises UserError that names the first value that is wrong."""
+    for key, (ok, words) in RULES.items():
+        value: Any = cfg
+        for part in key.split("."):
+            value = value[part]
+        if not ok(value):
+            raise UserError(f"{key}={value}: must be {words}")
+    if cfg["task"]["full"].endswith(("min", "h", "%", "flop")):
+        raise UserError(f"task.full={cfg['task']['full']}: the full run is in ep, it or im")
+    optimizer = cfg["optimizer"]
+    for key in ("lr", "weight_decay"):
+        if optimizer.get(key) is not None and not _number(0)[0](optimizer[key]):
+            raise UserError(f"optimizer.{key}={optimizer[key]}: must be a number of at least 0")
+    Budget(cfg["budget"]["amount"])
+
+
+def known_key(key: str, cfg: Config) -> None:
+    """Raise UserError when `key` (dotted) is not in `cfg`, with the nearest that is."""
+    known = flatten(cfg)
+    sections = {".".join(k.split(".")[:n]) for k in known for n in range(1, k.count(".") + 1)}
+    if key in known or key in sections or key.startswith("task.options."):
+        return
+    tails = {k.rsplit(".", 1)[-1]: k for k in known}
+    same_tail = tails.get(key.rsplit(".", 1)[-1])
+    hint = f"did you mean '{same_tail}'?" if same_tail else nearest(key, known)
+    raise UserError(f"{key}: no such key; {hint}")
+
+
+def flatten(cfg: Config, prefix: str = "") -> dict[str, Any]:
+    """{"task": {"lr": .1}} becomes {"task.lr": .1}."""
+    flat: dict[str, Any] = {}
+    for key, value in cfg.items():
+        if isinstance(value, dict) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

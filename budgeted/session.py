@@ -1,0 +1,547 @@
+"""One cell being trained: the only clock, learning-rate writer, log and checkpointer, whoever drives the steps.
+
+    session.attach(model, optimizer, evaluate)     # goes on from the checkpoint, where there is one
+    for batch in session.loader(dataset):
+        session.before_step()                      # learning rate and randomness of this update
+        loss = ...; loss.backward(); optimizer.step()
+        session.after_step(loss)                   # log, evaluate, checkpoint, obey signals
+        if session.finished: break
+    session.finish()                               # result.json
+
+The native loop, detectron2's hooks and mmengine's hooks make exactly these calls.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import platform
+import resource
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from budgeted import checkpoint
+from budgeted.cells import RESULT_SCHEMA, now
+from budgeted.data import STOP_SIGNALS, Batches, loader
+from budgeted.distributed import World
+from budgeted.files import finite, write_json
+from budgeted.randomness import EVALUATION, STEPS, preserved, seed_all
+from budgeted.recipe import Recipe
+from budgeted.scheduler import BudgetedLR
+
+log = logging.getLogger("budgeted")
+ENDLESS = 2**40  # iterations of a clock budget, for loops that want a number
+
+
+class Interrupted(SystemExit):
+    """A signal asked the run to stop; its work is saved. Not an `Exception`: nothing should swallow it."""
+
+    def __init__(self, number: int, handler: Any = None) -> None:
+        super().__init__(128 + number)
+        self.signal, self.handler = number, handler
+
+
+class NonFinite(RuntimeError):
+    """The loss was not finite."""
+
+
+class Session:
+    """See the module's docstring for the calls. `total`: T, or a very large number under a clock budget."""
+
+    def __init__(self, recipe: Recipe, total: int | None, world: World, device: torch.device) -> None:
+        cfg = recipe.cfg
+        self.recipe, self.cfg, self.cell = recipe, cfg, recipe.cell
+        self.world, self.rank, self.world_size, self.device = world, world.rank, world.size, device
+        self.seed = cfg["seed"]
+        self.directory: Path = self.cell.directory
+        self.upstream_dir = self.directory / "upstream"
+        self.horizon = total
+        self.total = ENDLESS if total is None else total
+        self.step = 0
+        self.elapsed = 0.0
+        self.eval_seconds = self.wait_seconds = self.compile_seconds = 0.0
+        self.samples = self.resumed = self.skipped = 0
+        self.metrics: dict[str, dict[str, Any]] = {}
+        self.started = now()
+        self._evaluated_at = -1
+        self._pending: list[tuple[int, torch.Tensor | float]] = []
+        self._first_step: float | None = None
+        self._clock = 0.0  # progress of a clock budget, as of the last step
+        self._grad_norm: float | None = None
+        self._saved_step: int | None = None
+        self._loss = math.nan
+        self._evals = recipe.period(cfg["task"]["eval_every"], total)
+        self._saves = recipe.period(cfg["checkpoint"]["every"], total)
+        self._signal = 0
+        self._handlers: dict[int, Any] = {}
+
+    # -- set-up ---------------------------------------------------------------------------------------------
+
+    def attach(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        evaluate: Callable[[], dict[str, float]],
+        evaluation_weights: Callable[[], AbstractContextManager] | None = None,
+    ) -> None:
+        """Take over the learning rate of `optimizer` and go on from the checkpoint, if there is one.
+
+        `model` is unwrapped (no DDP). `evaluate()` returns metrics as fractions, on every rank, and leaves the
+        model in train mode. `evaluation_weights()` is a context inside which the model holds the weights to be
+        evaluated, where those are not the ones trained (Schedule-Free, precise batch norm).
+        """
+        self.model, self.optimizer, self._evaluate_model = model, optimizer, evaluate
+        self._evaluation_weights = evaluation_weights
+        progress = None if self.horizon else lambda: self._clock
+        self.scheduler = BudgetedLR(optimizer, self.recipe.schedule, self.horizon, progress)
+        self._restore()
+        optimizer.register_step_pre_hook(self._before_update)
+        if self.world.is_main:
+            self.metrics_file = open(self.cell.metrics, "a")  # noqa: SIM115
+        self._catch_signals()
+        self._bar = tqdm(
+            total=self.horizon or 100,
+            initial=self.step if self.horizon else int(100 * self._clock),
+            desc=self.cell.name,
+            unit="it" if self.horizon else "%",
+            disable=not self.world.is_main or os.environ.get("BUDGETED_BAR") == "0",
+            mininterval=0.5 if os.isatty(2) else 10,
+            dynamic_ncols=True,
+            leave=False,
+        )
+        self._last_save = self._mark = time.perf_counter()
+        self._write_state("running")
+
+    def loader(self, dataset: Any, collate_fn: Callable | None = None) -> Iterator[Any]:
+        """Batches of `dataset` for this rank from this step to the end of the budget; waiting is measured."""
+        if len(dataset) != self.recipe.epoch.samples:
+            raise ValueError(f"the data set has {len(dataset)} samples, the recipe {self.recipe.epoch.samples}")
+        return self._timed(self.loader_of(dataset, self.step, self.total, collate_fn))
+
+    def loader_of(self, dataset: Any, start: int, stop: int, collate_fn: Callable | None = None) -> DataLoader:
+        """The batches of iterations `start` to `stop`, outside the run's own stream."""
+        return loader(
+            dataset,
+            self.seed,
+            self._batches(start, stop),
+            workers=self.cfg["data"]["workers"],
+            collate_fn=collate_fn,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def pieces(self) -> list[float]:
+        """The batches of the coming update on this rank, each as the weight of its mean loss.
+
+        Weighted so, the gradients' sum over batches, averaged over ranks, is that of the global batch's mean loss.
+        """
+        whole = len(self.recipe.epoch.positions(self.step))
+        pieces = self._batches(self.step, self.step + 1).pieces(self.step)
+        return [len(piece) * self.world_size / whole for piece in pieces]
+
+    def _batches(self, start: int, stop: int) -> Batches:
+        return Batches(self.recipe.epoch, start, stop, self.rank, self.world_size, self.cfg["micro_batch"])
+
+    def _timed(self, source: Any) -> Iterator[Any]:
+        iterator = iter(source)
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            self.wait_seconds += time.perf_counter() - start
+            yield batch
+
+    # -- one step -------------------------------------------------------------------------------------------
+
+    @property
+    def finished(self) -> bool:
+        """Is the budget spent?"""
+        return self.progress >= 1
+
+    @property
+    def progress(self) -> float:
+        """The share of the budget that is spent, in [0, 1]."""
+        return self.step / self.horizon if self.horizon else self._clock
+
+    def before_step(self) -> None:
+        """Set the rates of the coming update and key all randomness by (seed, step, rank)."""
+        self._previous_progress = self.progress
+        self.scheduler.set_step(self.step)
+        seed_all(self.seed, STEPS, self.step, self.rank)
+
+    def after_step(self, loss: torch.Tensor | float) -> None:
+        """Account for the update just made. Raises NonFinite, or Interrupted once a signal's checkpoint is saved."""
+        self._tick()
+        step, self.step = self.step, self.step + 1
+        positions = self.recipe.epoch.positions(step)
+        self.samples += len(positions)
+        self._pending.append((step, loss.detach() if isinstance(loss, torch.Tensor) else loss))
+        logged = self.horizon is None or step % self.cfg["log_every"] == 0 or self.step == self.total
+        if logged:
+            self._log(step)
+        before, after = self._previous_progress, min(1.0, self.progress)
+        if self._evals(self.step, after) > self._evals(step, before) or self.finished:
+            self.evaluate()
+        self._advance_bar()
+        stop, overdue = self._asked()
+        if stop or overdue or self._saves(self.step, after) > self._saves(step, before) or self.finished:
+            self.save()
+        if stop:
+            self._write_state("partial")
+            raise Interrupted(stop, self._handlers.get(stop))
+
+    def evaluate(self) -> None:
+        """Evaluate now, outside the training clock, and record the metrics at the last step made."""
+        if self._evaluated_at == self.step:
+            return
+        start, step = time.perf_counter(), self.step - 1
+        self._check_losses()
+        weights = self._evaluation_weights() if self._evaluation_weights else nullcontext()
+        with preserved(), weights:
+            seed_all(self.seed, EVALUATION, step, self.rank)
+            values = self._evaluate_model()
+        for name, value in values.items():
+            value = float(value)
+            entry = self.metrics.setdefault(name, {"final": value, "best": value, "best_step": step})
+            entry["final"] = value
+            if not entry["best"] >= value:
+                entry.update(best=value, best_step=step)
+        self._evaluated_at = self.step
+        self._write_line({"step": step, "eval": {k: float(v) for k, v in values.items()}})
+        log.info("%s step %d: %s", self.cell.name, step, ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
+        self.eval_seconds += time.perf_counter() - start
+        self._mark = time.perf_counter()
+
+    def _tick(self) -> None:
+        """Add the time since the last step to the clock; what the first step took longer is set-up, not training."""
+        now_ = time.perf_counter()
+        spent, self._mark = now_ - self._mark, now_
+        self.elapsed += spent
+        if self._first_step is None:
+            self._first_step = spent
+        elif self._first_step > 0:
+            excess = max(0.0, self._first_step - spent)
+            self.compile_seconds += excess
+            self.elapsed -= excess
+            self._first_step = 0.0
+        if self.recipe.seconds:
+            self._read_clock()
+
+    def _read_clock(self) -> None:
+        """Bring the clock's progress up to date: rank 0's, on every rank, without a first step not yet judged."""
+        counted = self.elapsed - (self._first_step or 0.0)
+        self._clock = min(1.0, self.world.agree(counted) / (self.recipe.seconds or 1.0))
+
+    def _before_update(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """Runs inside optimizer.step: what stands in the parameter groups here is what the update uses."""
+        wanted = [base * self.scheduler.ratio for base in self.scheduler.base_lrs]
+        found = [float(group["lr"]) for group in optimizer.param_groups]
+        if any(not math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-30) for a, b in zip(wanted, found, strict=True)):
+            raise RuntimeError(f"something else wrote the learning rate at step {self.step}: {found}, not {wanted}")
+        self._applied_lr = found[0]
+        if self.cfg["grad_norm"] or self.cfg["on_nonfinite"] == "skip":
+            self._look_at_gradients(optimizer)
+
+    def _look_at_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        order = 1.0 if self.cfg["optimizer"]["name"].startswith("adam") else 2.0
+        norm = float(nn.utils.get_total_norm([p.grad for p in parameters], order))
+        self._grad_norm = norm
+        if self.cfg["on_nonfinite"] == "skip" and not math.isfinite(norm):
+            for p in parameters:
+                p.grad = None  # optimizers leave out a parameter without a gradient
+            self.skipped += 1
+            log.warning("step %d left out: its gradient is not finite (learning rate %g)", self.step, self._applied_lr)
+
+    # -- log ------------------------------------------------------------------------------------------------
+
+    def _log(self, step: int) -> None:
+        last = self._pending[-1][1]
+        self._check_losses()
+        value = float(self.world.mean(torch.as_tensor(last, dtype=torch.float32, device=self.device)))
+        line = {"step": step, "progress": self.scheduler.progress, "lr": self._applied_lr, "loss": value}
+        group = self.optimizer.param_groups[0]
+        if self.recipe.schedule.momentum_at is not None:
+            line["momentum"] = group["momentum"] if "momentum" in group else group["betas"][0]
+        if self._grad_norm is not None:
+            line["grad_norm"] = self._grad_norm
+        line["seconds"] = round(self.elapsed, 6)
+        self._write_line(line)
+        self._loss = value
+
+    def _check_losses(self) -> None:
+        """Raise NonFinite for the first pending loss that is not finite; one synchronisation for all of them."""
+        pending, self._pending = self._pending, []
+        if not pending or self.cfg["on_nonfinite"] == "skip":
+            return
+        values = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.device) for _, v in pending])
+        bad = torch.nonzero(~torch.isfinite(values.cpu()))
+        if len(bad):
+            step = pending[int(bad[0])][0]
+            saved = self._saved_step
+            good = "there is no checkpoint yet" if saved is None else f"the last good checkpoint is of step {saved}"
+            rate = self.scheduler.base_lrs[0] * self.scheduler.applied[step] if step < len(self.scheduler.applied) else 0
+            raise NonFinite(f"the loss of step {step} is {values[int(bad[0])].item()} at learning rate {rate:g}; {good}")
+
+    def _write_line(self, line: dict[str, Any]) -> None:
+        if self.world.is_main:
+            self.metrics_file.write(json.dumps(finite(line)) + "\n")
+            self.metrics_file.flush()
+
+    def _advance_bar(self) -> None:
+        bar = self._bar
+        bar.update((self.step if self.horizon else int(100 * self.progress)) - bar.n)
+        bar.set_postfix(lr=f"{self._applied_lr:.3g}", loss=f"{self._loss:.3g}", refresh=False)
+
+    def _write_state(self, state: str, error: str | None = None) -> None:
+        if self.world.is_main:
+            rate = self.samples / self.elapsed if self.elapsed else None
+            left = (1 / self.progress - 1) * self.elapsed if self.progress else None
+            more = {"samples_per_second": rate, "eta_seconds": left, "progress": self.progress}
+            self.cell.write_state(state, self.step, self.horizon, error, **more)
+
+    # -- saving and going on --------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write a checkpoint of the step just made."""
+        start = time.perf_counter()
+        self._check_losses()
+        if self.world.is_main:
+            os.fsync(self.metrics_file.fileno())
+            checkpoint.save(self.cell.checkpoint, self._content())
+            self._saved_step = self.step - 1
+            self._write_state("running")
+        self._last_save = time.perf_counter()
+        self._mark += self._last_save - start  # saving is no training time
+
+    def _content(self) -> dict[str, Any]:
+        counters = {k: getattr(self, k) for k in _COUNTERS}
+        return {
+            "recipe": json.dumps(self.recipe.fields, sort_keys=True),
+            "signature": self.cell.signature,
+            "total": self.horizon,
+            "step": self.step,
+            "counters": counters,
+            "metrics": self.metrics,
+            "evaluated_at": self._evaluated_at,
+            "first_started": self.started,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+        }
+
+    def _restore(self) -> None:
+        content = checkpoint.load(self.cell.checkpoint)
+        if content is None:
+            self._cut_metrics(0)
+            return
+        self._refuse_other(content)
+        self.model.load_state_dict(content["model"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.scheduler.load_state_dict(content["scheduler"])
+        self.step, self.metrics = content["step"], content["metrics"]
+        self._saved_step = self.step - 1
+        self._evaluated_at, self.started = content["evaluated_at"], content["first_started"]
+        for name, value in content["counters"].items():
+            setattr(self, name, value)
+        self.resumed += 1
+        if self.recipe.seconds:
+            self._read_clock()
+        self._cut_metrics(self.step)
+        log.info("%s goes on at step %d", self.cell.name, self.step)
+
+    def _refuse_other(self, content: dict[str, Any]) -> None:
+        """A checkpoint of another recipe or budget is an error that says what differs."""
+        saved = json.loads(content["recipe"])
+        lines = _difference({**saved, "T": content["total"]}, {**self.recipe.fields, "T": self.horizon})
+        if lines:
+            raise ValueError(f"{self.cell.checkpoint} is of another recipe: {'; '.join(lines)}")
+
+    def _cut_metrics(self, step: int) -> None:
+        """Leave only the whole lines of steps before `step`, so that none is doubled."""
+        if not self.world.is_main or not self.cell.metrics.exists():
+            return
+        end = 0
+        with open(self.cell.metrics, "rb+") as handle:
+            for line in handle:
+                try:
+                    if not line.endswith(b"\n") or json.loads(line)["step"] >= step:
+                        break
+                except (ValueError, KeyError, TypeError):
+                    break
+                end += len(line)
+            handle.truncate(end)
+
+    # -- signals --------------------------------------------------------------------------------------------
+
+    def _catch_signals(self) -> None:
+        def note(number: int, frame: Any) -> None:
+            if number == signal.SIGINT and self._signal == signal.SIGINT:
+                self._release_signals()
+                raise KeyboardInterrupt
+            self._signal = number
+
+        try:
+            self._handlers = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+        except ValueError:  # not the main thread: whoever started it handles signals
+            self._handlers = {}
+
+    def _release_signals(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        self._handlers = {}
+
+    def _asked(self) -> tuple[int, bool]:
+        """(the signal that any rank has received or 0, is a checkpoint due by the minutes): the same on every rank."""
+        minutes = (time.perf_counter() - self._last_save) / 60
+        answers = self.world.gather((self._signal, minutes >= self.cfg["checkpoint"]["minutes"]))
+        return max(a for a, _ in answers), answers[0][1]
+
+    # -- the end --------------------------------------------------------------------------------------------
+
+    def finish(self) -> dict[str, Any]:
+        """Evaluate the final model if it has not been, write result.json, and return it."""
+        if self._evaluated_at != self.step:
+            self.evaluate()
+            self.save()
+        weights = self._evaluation_weights() if self._evaluation_weights else nullcontext()
+        with preserved(), weights:
+            seed_all(self.seed, EVALUATION, self.step - 1, self.rank)
+            digest = checkpoint.tensors_sha256(_tensors(self.model))
+            if self._evaluation_weights and self.world.is_main:
+                evaluated = {k: v.clone() for k, v in self.model.state_dict().items()}
+        if self.world.is_main:
+            if self._evaluation_weights:
+                checkpoint.save(self.cell.checkpoint, {**self._content(), "evaluated": evaluated})
+            result = self._result(digest)
+            write_json(self.directory / "result.json", result)
+            checkpoint.previous(self.cell.checkpoint).unlink(missing_ok=True)
+            self._write_state("done")
+        else:
+            result = {}
+        return result
+
+    def close(self) -> None:
+        """Give signals and files back; safe to call at any time."""
+        self._release_signals()
+        if hasattr(self, "_bar"):
+            self._bar.close()
+        if hasattr(self, "metrics_file"):
+            self.metrics_file.close()
+
+    def _result(self, digest: str) -> dict[str, Any]:
+        task, data, rule = self.cfg["task"], self.recipe.data, self.cfg["task"]["rule"]
+        return {
+            "schema": RESULT_SCHEMA,
+            "task": self.cell.task,
+            "schedule": self.cell.schedule,
+            "optimizer": self.cfg["optimizer"]["name"],
+            "model": task["model"],
+            "budget": {
+                "amount": self.cell.budget,
+                "fraction": self.step / self.recipe.full,
+                "iterations": self.horizon or self.step,
+                "full_iterations": self.recipe.full,
+            },
+            "seed": self.seed,
+            "signature": self.cell.signature,
+            "status": "done",
+            "reported": {"metric": task["metric"], "rule": rule, "value": self.metrics[task["metric"]][rule]},
+            "metrics": self.metrics,
+            "iterations_done": self.step,
+            "samples_seen": self.samples,
+            "skipped_updates": self.skipped,
+            "train_seconds": self.elapsed,
+            "eval_seconds": self.eval_seconds,
+            "data_wait_seconds": self.wait_seconds,
+            "compile_seconds": self.compile_seconds,
+            "samples_per_second": self.samples / self.elapsed if self.elapsed else None,
+            "peak_memory_bytes": _peak_memory(self.device),
+            "device": device_name(self.device),
+            "precision": self.cfg["precision"],
+            "world_size": self.world_size,
+            "resumed": self.resumed,
+            "data": {"name": data.name, "n_train": data.n_train, "n_val": data.n_val, "missing": len(data.missing)},
+            "weights_sha256": digest,
+            "versions": _versions(),
+            "git": git_state(),
+            "started": self.started,
+            "finished": now(),
+        }
+
+
+_COUNTERS = ("elapsed", "eval_seconds", "wait_seconds", "compile_seconds", "samples", "resumed", "skipped")
+
+
+def device_name(device: torch.device) -> str:
+    """`cuda: NVIDIA H200` or `cpu: <processor>, 2 cores`."""
+    if device.type == "cuda":
+        return f"cuda: {torch.cuda.get_device_name(device)}"
+    names = [line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")]
+    return f"cpu: {names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+
+
+def git_state() -> dict[str, Any]:
+    """The commit this code is at and whether it was changed since; None where it is no checkout."""
+    here = Path(__file__).parent
+
+    def git(*args: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    changes = git("status", "--porcelain", "--untracked-files=no")
+    return {"commit": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    return ((k, v) for k, v in model.state_dict().items() if isinstance(v, torch.Tensor))
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _versions() -> dict[str, str]:
+    known = ("torch", "torchvision", "numpy", "hydra-core", "pytorchvideo", "mmsegmentation", "mmengine", "schedulefree")
+    found = {"python": platform.python_version()}
+    for name in known:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _difference(saved: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
+    lines: list[str] = []
+    for k in sorted({*saved, *wanted}):
+        a, b = saved.get(k), wanted.get(k)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += _difference(a, b, f"{prefix}{k}.")
+        elif json.loads(json.dumps(a)) != json.loads(json.dumps(b)):
+            lines.append(f"{prefix}{k} was {a}, now {b}")
+    return lines

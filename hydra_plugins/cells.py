@@ -1,0 +1,34 @@
+"""The sweeper: of a sweep's cells, those that are not done are launched. Hydra finds it by this package's name."""
+
+# No `from __future__ import annotations`: Hydra runs this file before the module is in sys.modules, where
+# dataclasses look up annotations that are strings.
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_store import ConfigStore
+
+
+@dataclass
+class CellsSweeperConf:
+    _target_: str = "hydra_plugins.cells.CellsSweeper"
+    max_batch_size: int | None = None
+    params: dict[str, str] | None = None
+
+
+ConfigStore.instance().store(group="hydra/sweeper", name="cells", node=CellsSweeperConf, provider="budgeted")
+
+
+class CellsSweeper(BasicSweeper):
+    """Checks every cell before the first is launched, leaves out finished ones, and exits 1 if any failed."""
+
+    def sweep(self, arguments: list[str]) -> Any:
+        from benchmarks import sweep
+
+        assert self.config is not None and self.launcher is not None
+        named = {k: str(v) for k, v in self.params.items()}
+        for word in arguments:  # the command line goes before the named sweep
+            named.pop(word.lstrip("+").split("=", 1)[0], None)
+        words = [*(f"{k}={v}" for k, v in named.items()), *arguments]
+        sys.exit(sweep.run(words, self.launcher, self.max_batch_size))

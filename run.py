@@ -1,0 +1,47 @@
+"""The one entry point. `python run.py --help` says what it takes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+import hydra
+from omegaconf import DictConfig
+
+from budgeted.errors import UserError
+
+log = logging.getLogger("budgeted")
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(cfg: DictConfig) -> float | None:
+    """Carry out `mode` for one cell; Hydra calls this once for each cell of a sweep."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from tasks import modes
+
+    modes.set_up_logging()
+    return modes.MODES[cfg.mode](cfg, HydraConfig.get().runtime.choices)
+
+
+def command() -> int:
+    """Check the command line, run it, and turn its errors into one line and an exit code."""
+    from tasks import modes
+    from tasks.cli import check_arguments
+
+    modes.set_up_logging()
+    try:
+        check_arguments(sys.argv[1:])
+        main()
+    except UserError as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HYDRA_FULL_ERROR", "0")
+    sys.exit(command())

@@ -1,0 +1,453 @@
+"""Training one cell: what all four adapters share, and the native loop of the two that need one."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import signal
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from budgeted.cells import Cell, Held
+from budgeted.data import ignore_stop_signals
+from budgeted.distributed import World
+from budgeted.errors import UserError
+from budgeted.recipe import Config, DataSummary, Recipe
+from budgeted.session import Interrupted, Session
+
+log = logging.getLogger("budgeted")
+
+ADAPTERS = {
+    "classification": "tasks.classification:Classification",
+    "video": "tasks.video:Video",
+    "detection": "tasks.detection:Detection",
+    "segmentation": "tasks.segmentation:Segmentation",
+}
+
+
+class Adapter(Protocol):
+    """What drives one upstream. It is the only code that knows that upstream."""
+
+    def __init__(self, cfg: Config, data: DataSummary, device: torch.device) -> None: ...
+
+    def build(self, session: Session) -> None:
+        """Build model, optimizer and trainer for `session.total` iterations; ends with `session.attach`."""
+
+    def train(self, session: Session) -> None:
+        """Let the upstream's trainer make the updates from `session.step` until `session.finished`."""
+
+    def flops(self) -> int:
+        """Training FLOPs of one iteration of the global batch. Called before `build`."""
+
+
+def train(recipe: Recipe) -> dict[str, Any] | None:
+    """Run one cell to the end of its budget and return its result; None when another process is running it.
+
+    Raises Interrupted after a signal (state `partial`). Any other error leaves state `failed` and is raised.
+    """
+    cell, cfg = recipe.cell, recipe.cfg
+    world = World.from_environment()
+    done = cell.result()
+    if done:
+        log.info("%s is done already", cell.name)
+        return done
+    try:
+        with _held(cell, world), _logged(cell, world):
+            return _run(recipe, world)
+    except Held as holder:
+        log.warning("%s; nothing to do here", holder)
+        return None
+    finally:
+        world.leave()
+
+
+def _run(recipe: Recipe, world: World) -> dict[str, Any]:
+    cell, cfg = recipe.cell, recipe.cfg
+    session = None
+    try:
+        device = pick_device(cfg["device"], world)
+        world.join(device)
+        _write_config(recipe, world)
+        adapter = _adapter(cfg)(cfg, recipe.data, device)
+        session = Session(recipe, _horizon(recipe, adapter), world, device)
+        adapter.build(session)
+        if not session.finished:
+            adapter.train(session)
+        return session.finish()
+    except Interrupted as stop:
+        log.warning("%s stopped by signal %d after %d steps; the same command goes on", cell.name, stop.signal, session.step)
+        session.close()
+        if callable(stop.handler) and stop.handler is not signal.default_int_handler:
+            stop.handler(stop.signal, None)  # whoever launched this process wants to know too: submitit requeues
+        raise
+    except BaseException as error:
+        _record_failure(cell, world, session, error)
+        raise
+    finally:
+        if session is not None:
+            session.close()
+
+
+def _horizon(recipe: Recipe, adapter: Adapter) -> int | None:
+    """T; None where the clock decides."""
+    if recipe.total is not None or recipe.seconds is not None:
+        return recipe.total
+    from budgeted.budgets import Budget
+
+    cost = adapter.flops()
+    total = Budget(recipe.cell.budget).iterations(flop_per_iteration=cost)
+    log.info("one iteration costs %.4g FLOPs: %s is %d iterations", cost, recipe.cell.budget, total)
+    return total
+
+
+def _record_failure(cell: Cell, world: World, session: Session | None, error: BaseException) -> None:
+    line = one_line(error)
+    try:
+        log.debug("%s", "".join(traceback.format_exception(error)))
+        if world.is_main:
+            step, total = (session.step, session.horizon) if session else (0, None)
+            state = "partial" if isinstance(error, KeyboardInterrupt) else "failed"
+            cell.write_state(state, step, total, line)
+    except OSError as full:
+        log.error("the failure could not be recorded: %s", full)
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong, in one line, with what to do where that is known."""
+    first = " ".join(str(error).split())[:500] or type(error).__name__
+    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or "out of memory" in first.lower():
+        return f"out of memory: {first}; try micro_batch= or precision=bf16"
+    return first if isinstance(error, UserError) else f"{type(error).__name__}: {first}"
+
+
+def _adapter(cfg: Config) -> Callable[..., Adapter]:
+    module, name = ADAPTERS[cfg["task"]["adapter"]].split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def upstream(module: str, hint: str) -> Any:
+    """Import `module` on use. Raises UserError with how to install it when it is not there."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"{module} cannot be imported ({error}); install it: {hint}") from error
+
+
+def pick_device(wanted: str, world: World) -> torch.device:
+    """`auto` is a GPU where there is one. Raises UserError for cuda without a GPU."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda: torch sees no GPU here; device=cpu or auto")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", world.local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+@contextmanager
+def _held(cell: Cell, world: World) -> Iterator[None]:
+    with cell.lock() if world.is_main else nullcontext():
+        yield
+
+
+@contextmanager
+def _logged(cell: Cell, world: World) -> Iterator[None]:
+    """Send what the console shows to run.log as well, tracebacks included."""
+    if not world.is_main:
+        yield
+        return
+    handler = logging.FileHandler(cell.directory / "run.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        handler.close()
+
+
+def _write_config(recipe: Recipe, world: World) -> None:
+    if world.is_main:
+        from omegaconf import OmegaConf
+
+        from budgeted.files import atomic
+
+        with atomic(recipe.cell.directory / "config.yaml") as handle:
+            handle.write(OmegaConf.to_yaml(OmegaConf.create(recipe.cfg)))
+
+
+# -- optimizers ---------------------------------------------------------------------------------------------
+
+
+def _sgd(params: Any, lr: float, weight_decay: float, o: Config) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr, momentum=o["momentum"], weight_decay=weight_decay, nesterov=o["nesterov"])
+
+
+def _adam(kind: type, amsgrad: bool) -> Callable[..., torch.optim.Optimizer]:
+    return lambda params, lr, weight_decay, o: kind(
+        params, lr, betas=tuple(o["betas"]), eps=o["eps"], weight_decay=weight_decay, amsgrad=amsgrad
+    )
+
+
+def _rmsprop(params: Any, lr: float, weight_decay: float, o: Config) -> torch.optim.Optimizer:
+    return torch.optim.RMSprop(
+        params, lr, alpha=o["alpha"], eps=o["eps"], weight_decay=weight_decay, momentum=o["momentum"]
+    )
+
+
+def _schedule_free(params: Any, lr: float, weight_decay: float, o: Config) -> torch.optim.Optimizer:
+    package = upstream("schedulefree", "pip install schedulefree")
+    return package.SGDScheduleFree(params, lr, momentum=o["momentum"], weight_decay=weight_decay)
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": _sgd,
+    "adam": _adam(torch.optim.Adam, amsgrad=False),
+    "adamw": _adam(torch.optim.AdamW, amsgrad=False),
+    "amsgrad": _adam(torch.optim.Adam, amsgrad=True),
+    "rmsprop": _rmsprop,
+    "schedule_free": _schedule_free,
+}
+
+
+def base_lr(cfg: Config) -> float:
+    """The optimizer's own learning rate where it has one, else the recipe's."""
+    own = cfg["optimizer"].get("lr")
+    return cfg["task"]["lr"] if own is None else own
+
+
+def weight_decay(cfg: Config) -> float:
+    """The optimizer's own weight decay where it has one, else the recipe's."""
+    own = cfg["optimizer"].get("weight_decay")
+    return cfg["task"]["weight_decay"] if own is None else own
+
+
+def build_optimizer(cfg: Config, params: Any) -> torch.optim.Optimizer:
+    """The configured optimizer over `params`: parameters, or groups that may carry their own lr and decay."""
+    return OPTIMIZERS[cfg["optimizer"]["name"]](params, base_lr(cfg), weight_decay(cfg), cfg["optimizer"])
+
+
+def decay_groups(model: nn.Module, norm_decay: float | None) -> list[dict[str, Any]]:
+    """All parameters, those of normalisation layers with weight decay `norm_decay` (None: the same as the rest)."""
+    if norm_decay is None:
+        return [{"params": [p for p in model.parameters() if p.requires_grad]}]
+    norms = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+    normal = {id(p) for m in model.modules() if isinstance(m, norms) for p in m.parameters(recurse=False)}
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if id(p) not in normal]},
+        {"params": [p for p in parameters if id(p) in normal], "weight_decay": norm_decay},
+    ]
+
+
+def load_weights(model: nn.Module, path: str) -> None:
+    """Load a file of tensors (a state dict, or a checkpoint that holds one under `model` or `state_dict`).
+
+    Raises UserError when it is absent, is not such a file, or does not fit the model.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"task.weights={path}: no such file; give a path, none, or a name the task knows")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # hostile or foreign bytes: torch raises many kinds
+        raise UserError(f"task.weights={path}: not a file of tensors ({type(error).__name__})") from error
+    state = content
+    for inner in ("evaluated", "model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(inner), dict):
+            state = content[inner]
+            break
+    refuse_misfit(model, state, path)
+    model.load_state_dict(state)
+
+
+def refuse_misfit(model: nn.Module, state: Any, path: str) -> None:
+    """Raise UserError, with counts and the first name, unless `state` fits `model` exactly."""
+    if not isinstance(state, dict):
+        raise UserError(f"task.weights={path}: holds no state dict")
+    own = model.state_dict()
+    absent = [k for k in own if k not in state]
+    extra = [k for k in state if k not in own]
+    shape = [k for k in own if k in state and getattr(state[k], "shape", None) != own[k].shape]
+    first = (absent or extra or shape or [None])[0]
+    if first is not None:
+        raise UserError(
+            f"task.weights={path}: does not fit the model: {len(absent)} missing, {len(extra)} unknown, "
+            f"{len(shape)} of another shape, first {first!r}"
+        )
+
+
+# -- the native loop ----------------------------------------------------------------------------------------
+
+
+class Native:
+    """The loop for upstreams that publish models and data but no trainer: torchvision and pytorchvideo.
+
+    A subclass gives `make_model()`, `train_dataset()` and `val_dataset()`: map-style, samples (x, y) with y a
+    class index. A validation sample may hold V views of one clip, x of shape (V, ...): their softmax is averaged.
+    `norm_decay`: weight decay of normalisation layers, None for the same as elsewhere. `refresh_batches`: so many
+    training batches refresh the batch-norm statistics before an evaluation (0: none).
+    """
+
+    norm_decay: float | None = None
+    refresh_batches = 0
+    views = False
+
+    def __init__(self, cfg: Config, data: DataSummary, device: torch.device) -> None:
+        self.cfg, self.data, self.device = cfg, data, device
+        self.classes = len(data.classes)
+
+    def make_model(self) -> nn.Module:
+        raise NotImplementedError
+
+    def train_dataset(self) -> Any:
+        raise NotImplementedError
+
+    def val_dataset(self) -> Any:
+        raise NotImplementedError
+
+    def build(self, session: Session) -> None:
+        torch.manual_seed(session.seed)
+        self.session = session
+        self.model = self.make_model().to(self.device)
+        if self.cfg["channels_last"]:
+            self.model = self.model.to(memory_format=self.memory_format)
+        if session.world_size > 1:
+            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model) if self._can_sync() else self.model
+        self.optimizer = build_optimizer(self.cfg, decay_groups(self.model, self.norm_decay))
+        self.dataset = self.train_dataset()
+        special = self.refresh_batches > 0 or self._schedule_free
+        session.attach(self.model, self.optimizer, self.evaluate, self.evaluation_weights if special else None)
+        self.forward_model: nn.Module = self.model
+        if session.world_size > 1:
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            self.forward_model = DistributedDataParallel(self.model, device_ids=ids)
+        if self.cfg["compile"]:
+            self.forward_model = torch.compile(self.forward_model)  # type: ignore[assignment]
+
+    memory_format = torch.channels_last
+
+    @property
+    def _schedule_free(self) -> bool:
+        return self.cfg["optimizer"]["name"] == "schedule_free"
+
+    def _can_sync(self) -> bool:
+        return self.device.type == "cuda"
+
+    def train(self, session: Session) -> None:
+        self._training_mode()
+        batches = session.loader(self.dataset)
+        while not session.finished:
+            session.before_step()
+            pieces = session.pieces()
+            self.optimizer.zero_grad(set_to_none=True)
+            loss = torch.zeros((), device=self.device)
+            for k, share in enumerate(pieces):
+                x, y = self._to_device(next(batches))
+                last = k == len(pieces) - 1
+                with nullcontext() if last or session.world_size == 1 else self.forward_model.no_sync():
+                    with self._autocast():
+                        part = nn.functional.cross_entropy(self.forward_model(x), y) * share
+                    part.backward()
+                loss += part.detach()
+            self.optimizer.step()
+            session.after_step(loss)
+
+    def evaluate(self) -> dict[str, float]:
+        """Top-1 and, with more than five classes, top-5 over the validation set, each sample counted once."""
+        self.model.eval()
+        session, dataset = self.session, self.val_dataset()
+        own = range(session.rank, len(dataset), session.world_size)
+        batches = DataLoader(
+            torch.utils.data.Subset(dataset, own),  # type: ignore[arg-type]
+            batch_size=max(1, self.cfg["task"].get("val_batch_size") or self.cfg["task"]["batch_size"]),
+            num_workers=self.cfg["data"]["workers"],
+            worker_init_fn=ignore_stop_signals,
+            generator=torch.Generator(),
+        )
+        right = torch.zeros(3, dtype=torch.float64, device=self.device)
+        with torch.inference_mode():
+            for batch in batches:
+                x, y = self._to_device(batch)
+                scores = self._scores(x)
+                order = scores.topk(min(5, self.classes), dim=1).indices == y[:, None]
+                right += torch.stack([order[:, 0].sum(), order.any(1).sum(), torch.ones_like(y).sum()])
+        if session.world_size > 1:
+            torch.distributed.all_reduce(right)
+        self._training_mode()
+        top1, top5, n = right.tolist()
+        return {"top1": top1 / n, "top5": top5 / n} if self.classes > 5 else {"top1": top1 / n}
+
+    def _scores(self, x: torch.Tensor) -> torch.Tensor:
+        """Class probabilities (B, C); views of a sample (B, V, ...) are averaged."""
+        views = x.shape[1] if self.views else 1
+        with self._autocast():
+            logits = self.model(x.flatten(0, 1) if self.views else x)
+        return logits.float().softmax(1).unflatten(0, (-1, views)).mean(1)
+
+    def _training_mode(self) -> None:
+        self.model.train()
+        if self._schedule_free:
+            self.optimizer.train()  # type: ignore[attr-defined]
+
+    @contextmanager
+    def evaluation_weights(self) -> Iterator[None]:
+        """The weights to evaluate: Schedule-Free's averages, and batch-norm statistics refreshed at them."""
+        norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        saved = [{k: v.clone() for k, v in m.named_buffers(recurse=False)} for m in norms]
+        momenta = [m.momentum for m in norms]
+        if self._schedule_free:
+            self.optimizer.eval()  # type: ignore[attr-defined]
+        try:
+            if norms:
+                self._refresh(norms)
+            yield
+        finally:
+            for m, buffers, momentum in zip(norms, saved, momenta, strict=True):
+                m.momentum = momentum
+                for k, v in buffers.items():
+                    getattr(m, k).copy_(v)
+            self._training_mode()
+
+    def _refresh(self, norms: list[nn.Module]) -> None:
+        """Batch-norm statistics as plain averages over training batches, drawn as for the steps from 0 on."""
+        for m in norms:
+            m.reset_running_stats()  # type: ignore[operator]
+            m.momentum = None  # type: ignore[assignment]  # a cumulative average
+        self.model.train()
+        count = self.refresh_batches or 50  # 50: the schedule_free README
+        source = self.session.loader_of(self.dataset, start=0, stop=count)
+        with torch.no_grad(), self._autocast():
+            for batch in source:
+                self.model(self._to_device(batch)[0])
+
+    def flops(self) -> int:
+        from torch.utils.flop_counter import FlopCounterMode
+
+        batch = min(2, self.cfg["task"]["batch_size"])
+        model, dataset = self.make_model().to(self.device).train(), self.train_dataset()
+        x = torch.stack([dataset[k][0] for k in range(batch)]).to(self.device)
+        y = torch.zeros(batch, dtype=torch.long, device=self.device)
+        with FlopCounterMode(display=False) as counter:
+            nn.functional.cross_entropy(model(self._prepare(x)), y).backward()
+        return counter.get_total_flops() * self.cfg["task"]["batch_size"] // batch
+
+    def _prepare(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def _to_device(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        x, y = (t.to(self.device, non_blocking=True) for t in batch)
+        x = self._prepare(x)
+        if self.cfg["channels_last"] and not self.views:
+            x = x.contiguous(memory_format=self.memory_format)
+        return x, y
+
+    def _autocast(self) -> Any:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.cfg["precision"] == "bf16")

@@ -1,0 +1,236 @@
+"""From a command line to recipes. Imports Hydra, never torch: all that is wrong is said before anything starts."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import create_config_search_path
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, ValueType
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from budgeted.errors import UserError, nearest
+from budgeted.recipe import Config, Recipe, known_key, resolve, validate
+from tasks import layouts, tiny
+
+log = logging.getLogger("budgeted")
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+GROUPS = ("task", "schedule", "budget", "optimizer")
+MODES = ("train", "plan", "status", "report", "check", "prepare", "probe")
+NEED_A_RUN = ("refined", "replay")  # schedules made from an earlier run: glob(*) leaves them out
+# Hydra answers these itself; nothing of ours runs.
+HYDRA_FLAGS = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
+
+
+def check_arguments(arguments: Sequence[str]) -> None:
+    """Raise UserError, in one line, for what is wrong with a command line."""
+    if any(a.split("=")[0] in HYDRA_FLAGS for a in arguments):
+        return
+    multirun = any(a in ("-m", "--multirun") for a in arguments)
+    overrides = parse(a for a in arguments if not a.startswith("-"))
+    for override in overrides:
+        _check(override, multirun)
+    if multirun:
+        return
+    mode = next((str(o.value()) for o in overrides if o.key_or_group == "mode"), "train")
+    if mode in ("train", "plan", "probe"):
+        recipe(tuple(o.input_line or "" for o in overrides))
+    else:
+        configuration(tuple(o.input_line or "" for o in overrides))
+
+
+def parse(arguments: Iterable[str]) -> list[Override]:
+    """Hydra's reading of `key=value` words. Raises UserError for one it cannot read."""
+    parser, found = OverridesParser.create(config_loader=_loader()), []
+    for argument in arguments:
+        if "=" not in argument:
+            raise UserError(f"{argument}: not an option; write key=value, e.g. task=imagenet_tiny budget=10%")
+        try:
+            found.append(parser.parse_override(argument))
+        except HydraException:
+            raise UserError(f"{argument}: cannot be read; quote a value that holds a comma, bracket or space") from None
+    return found
+
+
+def _check(override: Override, multirun: bool) -> None:
+    """What can be told of one override without composing."""
+    key = override.key_or_group
+    if _is_hydras(override):
+        return
+    if override.is_delete():
+        raise UserError(f"{override.input_line}: nothing of the configuration can be deleted")
+    if key == "sweep" and not multirun:
+        raise UserError(f"sweep={override.value()}: a sweep needs -m: python run.py -m sweep={override.value()}")
+    if key in (*GROUPS, "sweep"):
+        for value in _values(override):
+            _check_option(key, value)
+    if key == "mode" and str(override.value()) not in MODES:
+        raise UserError(f"mode={override.value()}: no such mode; {nearest(str(override.value()), MODES)}")
+    if override.is_sweep_override() and not multirun:
+        raise UserError(f"{override.input_line}: several values need -m: python run.py -m '{override.input_line}'")
+
+
+def _check_option(group: str, value: Any) -> None:
+    name, found = str(value), options(group)
+    if name in found or (group == "sweep" and value is None):
+        return
+    if group == "budget":
+        near = f"budget={name}%" if f"{name}%" in found else f"budget.amount={name}"
+        near += "" if near.endswith("%") or name[-1:].isalpha() else "%"
+        raise UserError(f"budget={name}: no such option; write {near} (options: {', '.join(found)})")
+    raise UserError(f"{group}={name}: no such {group}; {nearest(name, found)}")
+
+
+def _values(override: Override) -> list[Any]:
+    if not override.is_sweep_override():
+        return [override.value()]
+    try:
+        return list(override.sweep_iterator())
+    except HydraException as error:
+        raise UserError(f"{override.input_line}: {str(error).splitlines()[0]}") from None
+
+
+def _is_hydras(override: Override) -> bool:
+    return override.key_or_group.split(".")[0].split("/")[0] == "hydra"
+
+
+@functools.cache
+def options(group: str) -> tuple[str, ...]:
+    """The options of a config group; budgets in their order."""
+    names = [p.stem for p in (CONF / group).glob("*.yaml")]
+    return tuple(sorted(names, key=lambda n: (float(n[:-1]), "") if n.endswith("%") else (0.0, n)))
+
+
+# -- one cell -----------------------------------------------------------------------------------------------
+
+
+def recipe(overrides: tuple[str, ...]) -> Recipe:
+    """The recipe of one cell from its words. Raises UserError for anything wrong with it."""
+    parsed = [o for o in parse(overrides) if not _is_hydras(o)]
+    choices = {o.key_or_group: str(o.value()) for o in parsed if o.key_or_group in GROUPS}
+    return _recipe(configuration(overrides), choices)
+
+
+def recipe_of(cfg: Any, choices: Mapping[str, str | None]) -> Recipe:
+    """The recipe of the configuration that Hydra composed for a job, with its choice of group options."""
+    plain: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
+    return _recipe(plain, {g: str(choices[g]) for g in GROUPS if choices.get(g)})
+
+
+def _recipe(cfg: Config, choices: Mapping[str, str]) -> Recipe:
+    validate(cfg)
+    if cfg["schedule"].get("run") == "???":
+        raise UserError(f"schedule={cfg['schedule']['name']}: needs schedule.run=DIR, the directory of an earlier run")
+    named = _assembled(tuple(sorted(choices.items())))
+    own = cfg["optimizer"].get("lr")
+    if own is not None and cfg["task"]["lr"] != named["task"]["lr"]:
+        name = cfg["optimizer"]["name"]
+        raise UserError(f"task.lr={cfg['task']['lr']}: is the rate of sgd; with optimizer={name} set optimizer.lr ({own})")
+    data = _inspect(cfg["task"]["name"], str(cfg["data"]["root"]), cfg["data"]["subset"], cfg["task"]["adapter"])
+    return resolve(cfg, named, data)
+
+
+@functools.cache
+def _inspect(task: str, root: str, subset: int | None, adapter: str) -> layouts.Data:
+    return layouts.inspect({"task": {"name": task, "adapter": adapter}, "data": {"root": root, "subset": subset}})
+
+
+def configuration(overrides: tuple[str, ...]) -> Config:
+    """The composed configuration as plain values, equal to what Hydra hands to a job for the same words."""
+    parsed = [o for o in parse(overrides) if not _is_hydras(o)]
+    choices = {o.key_or_group: str(o.value()) for o in parsed if o.key_or_group in GROUPS}
+    cfg = copy.deepcopy(_assembled(tuple(sorted(choices.items()))))
+    interpolated = False
+    for override in parsed:
+        key = override.key_or_group
+        if key in (*GROUPS, "sweep"):
+            continue
+        known_key(key, cfg)
+        *sections, last = key.split(".")
+        node = cfg
+        for section in sections:
+            node = node.setdefault(section, {})
+        if isinstance(node.get(last), dict) and node[last]:
+            raise UserError(f"{override.input_line}: {key} is a section; set one of {', '.join(f'{key}.{k}' for k in node[last])}")
+        node[last] = override.value()
+        interpolated |= "${" in str(node[last])
+    if interpolated:
+        try:
+            cfg = OmegaConf.to_container(OmegaConf.create(cfg), resolve=True)  # type: ignore[assignment]
+        except OmegaConfBaseException as error:
+            raise UserError(str(error).splitlines()[0]) from None
+    return cfg
+
+
+@functools.cache
+def _assembled(choices: tuple[tuple[str, str], ...]) -> Config:
+    """A configuration from its groups, each composed once: a thousand cells need a few dozen compositions."""
+    chosen = dict(choices)
+    cfg = dict(_composed(tuple(f"{g}={chosen[g]}" for g in ("task", "optimizer") if g in chosen)))
+    for group in ("schedule", "budget"):
+        if group in chosen:
+            cfg[group] = _composed((f"{group}={chosen[group]}",))[group]
+    return cfg
+
+
+@functools.cache
+def _composed(overrides: tuple[str, ...]) -> Config:
+    cfg = _loader().load_configuration("config", list(overrides), RunMode.RUN)
+    plain: Any = {k: v for k, v in OmegaConf.to_container(cfg, resolve=False).items() if k != "hydra"}  # type: ignore[union-attr]
+    return plain
+
+
+@functools.cache
+def _loader() -> ConfigLoaderImpl:
+    Plugins.instance()  # registers the sweeper and the launchers that config.yaml names
+    return ConfigLoaderImpl(create_config_search_path(str(CONF)))
+
+
+# -- many cells ---------------------------------------------------------------------------------------------
+
+
+def expand(arguments: Sequence[str]) -> list[tuple[str, ...]]:
+    """The words of every cell of a sweep, in order; a cell that is asked for twice comes once."""
+    parsed = parse(arguments)
+    for override in parsed:
+        _check(override, multirun=True)
+    given = {o.key_or_group for o in parsed}
+    words: list[str] = []
+    for override in parsed:
+        line = override.input_line or ""
+        if override.key_or_group == "schedule" and override.value_type == ValueType.GLOB_CHOICE_SWEEP:
+            line = _without_unusable(override, "schedule.run" in given)
+        words.append(line)
+    batches = BasicSweeper.split_arguments(parse(words), None)
+    return list(dict.fromkeys(tuple(job) for job in batches[0]))
+
+
+def _without_unusable(override: Override, has_run: bool) -> str:
+    names = [str(v) for v in override.sweep_iterator()]
+    kept = [n for n in names if has_run or n not in NEED_A_RUN]
+    left_out = sorted(set(names) - set(kept))
+    if left_out:
+        log.warning("%s leaves out %s, which need schedule.run=DIR", override.input_line, " and ".join(left_out))
+    return f"schedule={','.join(kept)}"
+
+
+def recipes(jobs: Sequence[tuple[str, ...]]) -> list[Recipe]:
+    """The recipes of a sweep's cells. Raises UserError for the first cell that has anything wrong."""
+    return [recipe(job) for job in jobs]
+
+
+def embedded_data(cfg: Config) -> None:
+    """Write a tiny task's generated data, where it is not there yet."""
+    tiny.ensure(cfg)

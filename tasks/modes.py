@@ -1,0 +1,164 @@
+"""What run.py does, by `mode=`. Each takes the composed configuration and Hydra's choice of group options."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from budgeted.errors import UserError
+
+log = logging.getLogger("budgeted")
+Choices = Mapping[str, str]
+
+
+def train(cfg: Any, choices: Choices) -> float | None:
+    """Train one cell and return its reported value; None when another process is training it."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from tasks import cli
+
+    recipe = cli.recipe_of(cfg, choices)
+    cli.embedded_data(recipe.cfg)
+    from tasks import base
+
+    alone = HydraConfig.get().mode == RunMode.RUN
+    try:
+        result = base.train(recipe)
+    except Exception as error:
+        log.error("%s failed: %s", recipe.cell.name, base.one_line(error))
+        if alone and os.environ.get("HYDRA_FULL_ERROR") != "1":
+            raise SystemExit(2 if isinstance(error, UserError) else 1) from None
+        raise
+    if result is None:
+        return None
+    reported, seconds = result["reported"], result["train_seconds"]
+    log.info(
+        "%s: %s %.4f (%s) after %d iterations, %.1f s of training; %s",
+        recipe.cell.name,
+        reported["metric"],
+        reported["value"],
+        reported["rule"],
+        result["iterations_done"],
+        seconds,
+        recipe.cell.directory,
+    )
+    return reported["value"]
+
+
+def plan(cfg: Any, choices: Choices) -> None:
+    """Print what one cell would cost, and its state."""
+    from benchmarks.plan import show
+    from tasks import cli
+
+    show([cli.recipe_of(cfg, choices)])
+
+
+def status(cfg: Any, choices: Choices) -> None:
+    """Print the state of every cell under `out`, again every `watch` seconds where that is given."""
+    from rich.console import Console
+    from rich.live import Live
+
+    from benchmarks.status import render, rows
+
+    out = existing(cfg.out)
+    if not cfg.watch:
+        Console().print(render(rows(out)))
+        return
+    with Live(render(rows(out)), refresh_per_second=4) as live:
+        while True:
+            time.sleep(cfg.watch)
+            live.update(render(rows(out)))
+
+
+def report(cfg: Any, choices: Choices) -> None:
+    """Write `<out>/report/` and print its table."""
+    from rich.console import Console
+
+    from benchmarks.report import build, render_terminal
+
+    out = existing(cfg.out)
+    page = build(out)
+    Console().print(render_terminal(out))
+    log.info("report: %s", page)
+
+
+def check(cfg: Any, choices: Choices) -> None:
+    """Say whether the data of a task are whole. Exits 1 when something is wrong."""
+    from omegaconf import OmegaConf
+
+    from tasks import layouts, tiny
+
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    tiny.ensure(plain)
+    data, findings = layouts.check(plain)
+    log.info("%s in %s: %d training, %d validation samples, %d classes, %d missing",
+             data.name, data.root, data.n_train, data.n_val, len(data.classes), len(data.missing))  # fmt: skip
+    for line in findings:
+        log.warning("%s", line)
+    if findings:
+        raise SystemExit(1)
+    log.info("nothing wrong found")
+
+
+def prepare(cfg: Any, choices: Choices) -> None:
+    """Do what a data set needs before training."""
+    from omegaconf import OmegaConf
+
+    from tasks import prepare, tiny
+
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    tiny.ensure(plain)
+    for line in prepare.prepare(plain, log):
+        log.info("%s", line)
+
+
+def probe(cfg: Any, choices: Choices) -> None:
+    """Measure this machine's throughput on one cell's work, without keeping a run."""
+    from benchmarks.probe import measure
+    from tasks import cli
+
+    recipe = cli.recipe_of(cfg, choices)
+    cli.embedded_data(recipe.cfg)
+    measure(recipe)
+
+
+MODES: dict[str, Callable[[Any, Choices], float | None]] = {
+    f.__name__: f  # type: ignore[misc]
+    for f in (train, plan, status, report, check, prepare, probe)
+}
+
+
+def existing(out: str) -> Path:
+    """Raises UserError when there is no such folder of runs."""
+    if not Path(out).is_dir():
+        raise UserError(f"out={out}: no such folder; train something first, or say where the runs are")
+    return Path(out)
+
+
+def set_up_logging() -> None:
+    """Send the suite's log to standard error, once, without disturbing a progress bar."""
+    if log.handlers:
+        return
+    handler = _AboveTheBar()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setLevel(logging.INFO)
+    log.addHandler(handler)
+    log.setLevel(logging.DEBUG)
+    log.propagate = False
+
+
+class _AboveTheBar(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        line = self.format(record)
+        if "tqdm" in sys.modules:
+            from tqdm import tqdm
+
+            tqdm.write(line, file=sys.stderr)
+        else:
+            print(line, file=sys.stderr)
