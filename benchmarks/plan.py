@@ -10,7 +10,6 @@ from typing import Any
 from budgeted.files import read_json
 from budgeted.recipe import Recipe
 
-# Bytes of a checkpoint by model, where no run has left one to measure: parameters x 4 x 2 (weights and momentum).
 MOST_ROWS = 60
 
 
@@ -31,7 +30,7 @@ def price(recipes: Sequence[Recipe]) -> list[dict[str, Any]]:
                 "epochs": None if r.total is None else float(r.total / r.epoch.iterations),
                 "seconds": r.seconds if r.seconds else samples / rate if samples is not None and rate else None,
                 "bytes": size,
-                "data": "present" if Path(r.data.root).is_dir() else "generated on first use",  # type: ignore[attr-defined]
+                "data": "present" if r.data.root.is_dir() else "generated on first use",
             }
         )
     return rows
@@ -44,11 +43,23 @@ def show(recipes: Sequence[Recipe]) -> None:
 
     rows = price(recipes)
     table = Table(title=f"{len(rows)} cells", title_justify="left")
-    for name, justify in (("cell", "left"), ("state", "left"), ("iterations", "right"), ("epochs", "right"), ("hours", "right"), ("data", "left")):
+    for name, justify in (
+        ("cell", "left"),
+        ("state", "left"),
+        ("iterations", "right"),
+        ("epochs", "right"),
+        ("hours", "right"),
+        ("data", "left"),
+    ):
         table.add_column(name, justify=justify, no_wrap=name == "cell")  # type: ignore[arg-type]
     for row in rows[:MOST_ROWS]:
         table.add_row(
-            row["cell"], row["state"], _or_clock(row["iterations"]), _digits(row["epochs"]), _hours(row["seconds"]), row["data"]
+            row["cell"],
+            row["state"],
+            _or_clock(row["iterations"]),
+            _digits(row["epochs"]),
+            _hours(row["seconds"]),
+            row["data"],
         )
     if len(rows) > MOST_ROWS:
         table.add_row(f"... and {len(rows) - MOST_ROWS} more", "", "", "", "", "")
@@ -78,11 +89,11 @@ def _speeds(out: Path) -> dict[tuple[str, str, str], tuple[float, int]]:
         speed = result.get("samples_per_second")
         if isinstance(speed, int | float) and speed > 0:
             key = (str(result.get("task")), str(result.get("model")), str(result.get("precision")))
-            size = sum(f.stat().st_size for f in path.parent.iterdir() if f.is_file()) if path.name == "result.json" else 0
+            size = (
+                sum(f.stat().st_size for f in path.parent.iterdir() if f.is_file()) if path.name == "result.json" else 0
+            )
             found.setdefault(key, []).append((float(speed), size))
-    return {
-        k: (statistics.median(s for s, _ in v), int(statistics.median(b for _, b in v))) for k, v in found.items()
-    }
+    return {k: (statistics.median(s for s, _ in v), int(statistics.median(b for _, b in v))) for k, v in found.items()}
 
 
 def _or_clock(iterations: int | None) -> str:

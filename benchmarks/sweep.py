@@ -74,5 +74,9 @@ def _gather(recipes: list[Recipe]) -> int:
         said = (read_json(cell.directory / "state.json") or {}).get("error")
         log.error("%s: %s%s", cell.name, cell.state, f": {said}" if said else "")
     if unfinished:
-        log.error("the same command tries these %d again; %s/*/run.log says more", len(unfinished), Path(recipes[0].cell.out))
+        log.error(
+            "the same command tries these %d again; %s/*/run.log says more",
+            len(unfinished),
+            Path(recipes[0].cell.out),
+        )
     return 1 if unfinished else 0

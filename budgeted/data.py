@@ -26,15 +26,16 @@ class Positioned(Dataset):
         self.dataset, self.seed, self.n = dataset, seed, len(dataset)
         self._orders: dict[int, Any] = {}
 
+    def __getitems__(self, positions: list[int]) -> list[Any]:
+        """The samples at `positions`; DataLoader asks for a batch at a time."""
+        if get_worker_info() is not None:
+            return [self[k] for k in positions]
+        with preserved():  # in the main process the model's draws must not follow the data's
+            return [self[k] for k in positions]
+
     def __getitem__(self, position: int) -> Any:
         epoch, offset = divmod(position, self.n)
         index = int(self._order(epoch)[offset])
-        if get_worker_info() is not None:
-            return self._sample(position, index)
-        with preserved():  # in the main process the model's draws must not follow the data's
-            return self._sample(position, index)
-
-    def _sample(self, position: int, index: int) -> Any:
         seed_all(self.seed, SAMPLES, position)
         return self.dataset[index]
 

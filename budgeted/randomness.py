@@ -25,11 +25,13 @@ def key(*numbers: int) -> int:
 
 
 def seed_all(*numbers: int) -> None:
-    """Seed random, numpy.random and torch (every device) from `key(*numbers)`."""
+    """Seed random, numpy.random and torch (the CPU, and the GPU where one is in use) from `key(*numbers)`."""
     value = key(*numbers)
     random.seed(value)
     np.random.seed(value & 0xFFFFFFFF)
-    torch.manual_seed(value)
+    torch.default_generator.manual_seed(value)  # torch.manual_seed asks every kind of device, for 0.4 ms
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(value)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,19 +13,26 @@ from typing import Any, Protocol
 from budgeted import schedules
 from budgeted.budgets import Budget, Epoch, full_iterations
 from budgeted.cells import Cell, signature
-from budgeted.errors import UserError, nearest
+from budgeted.errors import UserError
 
 Config = dict[str, Any]
 
 
 class DataSummary(Protocol):
-    """What is known of a data set before it is loaded."""
+    """What is known of a data set before it is loaded: tasks.layouts.Data."""
 
-    name: str
-    n_train: int
-    n_val: int
-    classes: tuple[str, ...]
-    missing: tuple[str, ...]
+    @property
+    def name(self) -> str: ...
+    @property
+    def root(self) -> Path: ...
+    @property
+    def n_train(self) -> int: ...
+    @property
+    def n_val(self) -> int: ...
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+    @property
+    def missing(self) -> tuple[str, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -166,7 +174,9 @@ def _whole(low: int, optional: bool = False) -> Rule:
 
 
 def _one_of(*choices: Any) -> Rule:
-    return lambda v: v in choices and isinstance(v, bool) == (v in (True, False)), "one of " + ", ".join(map(str, choices))
+    return lambda v: v in choices and isinstance(v, bool) == (v in (True, False)), "one of " + ", ".join(
+        map(str, choices)
+    )
 
 
 def _amount(v: Any) -> bool:
@@ -238,10 +248,13 @@ def known_key(key: str, cfg: Config) -> None:
     sections = {".".join(k.split(".")[:n]) for k in known for n in range(1, k.count(".") + 1)}
     if key in known or key in sections or key.startswith("task.options."):
         return
-    tails = {k.rsplit(".", 1)[-1]: k for k in known}
-    same_tail = tails.get(key.rsplit(".", 1)[-1])
-    hint = f"did you mean '{same_tail}'?" if same_tail else nearest(key, known)
-    raise UserError(f"{key}: no such key; {hint}")
+    last = key.rsplit(".", 1)[-1]
+    same_last = next((k for k in known if k.rsplit(".", 1)[-1] == last), None)
+    close = difflib.get_close_matches(key, [*known, *sections], n=1, cutoff=0.6)
+    beside = [k for k in known if "." in key and k.startswith(key.rsplit(".", 1)[0] + ".")]
+    if same_last or close:
+        raise UserError(f"{key}: no such key; did you mean '{same_last or close[0]}'?")
+    raise UserError(f"{key}: no such key; {'there are ' + ', '.join(beside) if beside else '--cfg job lists all'}")
 
 
 def flatten(cfg: Config, prefix: str = "") -> dict[str, Any]:

@@ -251,8 +251,22 @@ def refined_values(norms: Sequence[float], power: int = 2, smooth: float = 0.1) 
 SCHEDULES: dict[str, Callable[..., Schedule]] = {
     f.__name__: f
     for f in (
-        constant, linear, step, exp, poly, cosine, htd, inverse,
-        rex, onecycle, knee, wsd, sgdr, uba, refined, replay,
+        constant,
+        linear,
+        step,
+        exp,
+        poly,
+        cosine,
+        htd,
+        inverse,
+        rex,
+        onecycle,
+        knee,
+        wsd,
+        sgdr,
+        uba,
+        refined,
+        replay,
     )
 }
 

@@ -294,8 +294,12 @@ class Session:
             step = pending[int(bad[0])][0]
             saved = self._saved_step
             good = "there is no checkpoint yet" if saved is None else f"the last good checkpoint is of step {saved}"
-            rate = self.scheduler.base_lrs[0] * self.scheduler.applied[step] if step < len(self.scheduler.applied) else 0
-            raise NonFinite(f"the loss of step {step} is {values[int(bad[0])].item()} at learning rate {rate:g}; {good}")
+            rate = (
+                self.scheduler.base_lrs[0] * self.scheduler.applied[step] if step < len(self.scheduler.applied) else 0
+            )
+            raise NonFinite(
+                f"the loss of step {step} is {values[int(bad[0])].item()} at learning rate {rate:g}; {good}"
+            )
 
     def _write_line(self, line: dict[str, Any]) -> None:
         if self.world.is_main:
@@ -475,7 +479,12 @@ class Session:
             "precision": self.cfg["precision"],
             "world_size": self.world_size,
             "resumed": self.resumed,
-            "data": {"name": data.name, "n_train": data.n_train, "n_val": data.n_val, "missing": len(data.missing)},
+            "data": {
+                "name": data.name,
+                "n_train": data.n_train,
+                "n_val": data.n_val,
+                "missing": len(data.missing),
+            },
             "weights_sha256": digest,
             "versions": _versions(),
             "git": git_state(),
@@ -526,7 +535,16 @@ def _peak_memory(device: torch.device) -> int:
 
 
 def _versions() -> dict[str, str]:
-    known = ("torch", "torchvision", "numpy", "hydra-core", "pytorchvideo", "mmsegmentation", "mmengine", "schedulefree")
+    known = (
+        "torch",
+        "torchvision",
+        "numpy",
+        "hydra-core",
+        "pytorchvideo",
+        "mmsegmentation",
+        "mmengine",
+        "schedulefree",
+    )
     found = {"python": platform.python_version()}
     for name in known:
         try:

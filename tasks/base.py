@@ -53,8 +53,7 @@ def train(recipe: Recipe) -> dict[str, Any] | None:
 
     Raises Interrupted after a signal (state `partial`). Any other error leaves state `failed` and is raised.
     """
-    cell, cfg = recipe.cell, recipe.cfg
-    world = World.from_environment()
+    cell, world = recipe.cell, World.from_environment()
     done = cell.result()
     if done:
         log.info("%s is done already", cell.name)
@@ -83,7 +82,13 @@ def _run(recipe: Recipe, world: World) -> dict[str, Any]:
             adapter.train(session)
         return session.finish()
     except Interrupted as stop:
-        log.warning("%s stopped by signal %d after %d steps; the same command goes on", cell.name, stop.signal, session.step)
+        assert session is not None
+        log.warning(
+            "%s stopped by signal %d after %d steps; the same command goes on",
+            cell.name,
+            stop.signal,
+            session.step,
+        )
         session.close()
         if callable(stop.handler) and stop.handler is not signal.default_int_handler:
             stop.handler(stop.signal, None)  # whoever launched this process wants to know too: submitit requeues

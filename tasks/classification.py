@@ -53,7 +53,11 @@ class Arrays(Dataset):
     """Images (N, H, W, 3) of uint8 and labels (N,) in memory."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, transform: Callable) -> None:
-        self.images, self.labels, self.transform = torch.from_numpy(images).permute(0, 3, 1, 2), labels, transform
+        self.images, self.labels, self.transform = (
+            torch.from_numpy(images).permute(0, 3, 1, 2),
+            labels,
+            transform,
+        )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -87,7 +91,10 @@ def train_transform(task: dict[str, Any]) -> Callable:
     if task["augment"] == "cifar":  # PAPER.md 3.1: pad 4 and crop, flip
         steps: list[nn.Module] = [v2.RandomCrop(size, padding=size // 8), v2.RandomHorizontalFlip()]
     else:  # PAPER.md 9: the PyTorch example's random resized crop and flip
-        steps = [v2.RandomResizedCrop(size, scale=tuple(task["crop_scale"]), antialias=True), v2.RandomHorizontalFlip()]
+        steps = [
+            v2.RandomResizedCrop(size, scale=tuple(task["crop_scale"]), antialias=True),
+            v2.RandomHorizontalFlip(),
+        ]
     return v2.Compose([*steps, *_normalise(task)])
 
 
@@ -110,7 +117,7 @@ def resnet18_cifar(num_classes: int) -> nn.Module:
 
 
 def resnet_narrow(num_classes: int) -> nn.Module:
-    """A ResNet of one block a stage and 16 to 128 channels: seconds on a CPU."""
+    """A ResNet of one block a stage and 16 to 128 channels, its stem a 3x3 of stride 2: seconds on a CPU."""
     model = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=num_classes)
     shrink = {64: 16, 128: 32, 256: 64, 512: 128}
     for name, module in list(model.named_modules()):
@@ -129,11 +136,11 @@ def resnet_narrow(num_classes: int) -> nn.Module:
         if new is not None:
             model.set_submodule(name, new)
     model.fc = nn.Linear(128, num_classes)
-    return _small_stem(model, 16)
+    return _small_stem(model, 16, stride=2)
 
 
-def _small_stem(model: ResNet, width: int) -> ResNet:
-    model.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+def _small_stem(model: ResNet, width: int, stride: int = 1) -> ResNet:
+    model.conv1 = nn.Conv2d(3, width, 3, stride, padding=1, bias=False)
     model.maxpool = nn.Identity()  # type: ignore[assignment]
     return model
 

@@ -31,7 +31,18 @@ GROUPS = ("task", "schedule", "budget", "optimizer")
 MODES = ("train", "plan", "status", "report", "check", "prepare", "probe")
 NEED_A_RUN = ("refined", "replay")  # schedules made from an earlier run: glob(*) leaves them out
 # Hydra answers these itself; nothing of ours runs.
-HYDRA_FLAGS = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
+HYDRA_FLAGS = (
+    "--help",
+    "-h",
+    "--hydra-help",
+    "--version",
+    "--cfg",
+    "-c",
+    "--info",
+    "-i",
+    "--shell-completion",
+    "-sc",
+)
 
 
 def check_arguments(arguments: Sequence[str]) -> None:
@@ -137,7 +148,9 @@ def _recipe(cfg: Config, choices: Mapping[str, str]) -> Recipe:
     own = cfg["optimizer"].get("lr")
     if own is not None and cfg["task"]["lr"] != named["task"]["lr"]:
         name = cfg["optimizer"]["name"]
-        raise UserError(f"task.lr={cfg['task']['lr']}: is the rate of sgd; with optimizer={name} set optimizer.lr ({own})")
+        raise UserError(
+            f"task.lr={cfg['task']['lr']}: is the rate of sgd; with optimizer={name} set optimizer.lr ({own})"
+        )
     data = _inspect(cfg["task"]["name"], str(cfg["data"]["root"]), cfg["data"]["subset"], cfg["task"]["adapter"])
     return resolve(cfg, named, data)
 
@@ -163,7 +176,9 @@ def configuration(overrides: tuple[str, ...]) -> Config:
         for section in sections:
             node = node.setdefault(section, {})
         if isinstance(node.get(last), dict) and node[last]:
-            raise UserError(f"{override.input_line}: {key} is a section; set one of {', '.join(f'{key}.{k}' for k in node[last])}")
+            raise UserError(
+                f"{override.input_line}: {key} is a section; set one of {', '.join(f'{key}.{k}' for k in node[last])}"
+            )
         node[last] = override.value()
         interpolated |= "${" in str(node[last])
     if interpolated:
