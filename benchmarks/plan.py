@@ -38,8 +38,9 @@ def price(recipes: Sequence[Recipe]) -> list[dict[str, Any]]:
 
 def show(recipes: Sequence[Recipe]) -> None:
     """Print the table, its total, and where the prices come from."""
-    from rich.console import Console
     from rich.table import Table
+
+    from benchmarks import console
 
     rows = price(recipes)
     table = Table(title=f"{len(rows)} cells", title_justify="left")
@@ -63,9 +64,9 @@ def show(recipes: Sequence[Recipe]) -> None:
         )
     if len(rows) > MOST_ROWS:
         table.add_row(f"... and {len(rows) - MOST_ROWS} more", "", "", "", "", "")
-    console = Console()
-    console.print(table)
-    console.print(_total(rows))
+    output = console()
+    output.print(table)
+    output.print(_total(rows))
 
 
 def _total(rows: list[dict[str, Any]]) -> str:
@@ -76,7 +77,10 @@ def _total(rows: list[dict[str, Any]]) -> str:
     if priced:
         line += f", {sum(priced) / 3600:.2f} hours of training"
     if len(priced) < len(left):
-        line += f"; {len(left) - len(priced)} not priced: no throughput measured (mode=probe measures, plan.samples_per_second= gives it)"
+        unpriced = len(left) - len(priced)
+        line += (
+            f"; {unpriced} not priced: no throughput known (mode=probe or plan.samples_per_second= gives it)"
+        )
     sizes = [r["bytes"] for r in left if r["bytes"]]
     return line + (f"; about {sum(sizes) / 1e9:.2f} GB on disk" if sizes else "")
 

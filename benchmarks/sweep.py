@@ -44,14 +44,12 @@ def _mode(words: Sequence[str]) -> str:
 
 
 def _show(mode: str, recipes: list[Recipe]) -> int:
-    from rich.console import Console
-
-    from benchmarks import plan, status
+    from benchmarks import console, plan, status
 
     if mode == "plan":
         plan.show(recipes)
     elif mode == "status":
-        Console().print(status.render(status.rows_of([r.cell.directory for r in recipes], recipes[0].cell.out)))
+        console().print(status.render(status.rows_of([r.cell.directory for r in recipes], recipes[0].cell.out)))
     else:
         raise UserError(f"mode={mode}: takes one cell at a time: leave out -m")
     return 0

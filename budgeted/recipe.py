@@ -79,7 +79,7 @@ def resolve(cfg: Config, named: Config, data: DataSummary, gpus: int = 1) -> Rec
         budget=budget.amount,
         seed=cfg["seed"],
         signature=signature(fields),
-        departs=fields != _affecting(named, data) or _other_data(task, data),
+        departs=_other_data(task, data) or _unnamed(fields) != _unnamed(_affecting(named, data)),
         out=Path(cfg["out"]),
     )
     return Recipe(
@@ -149,6 +149,11 @@ def _affecting(cfg: Config, data: DataSummary) -> Config:
         "on_nonfinite": cfg["on_nonfinite"],
         "data": {"subset": cfg["data"]["subset"], "train": data.n_train, "classes": len(data.classes)},
     }
+
+
+def _unnamed(fields: Config) -> Config:
+    """What the directory's name does not say already."""
+    return {k: v for k, v in fields.items() if k not in ("budget", "seed")}
 
 
 def _other_data(task: Config, data: DataSummary) -> bool:
@@ -242,12 +247,18 @@ def validate(cfg: Config) -> None:
     Budget(cfg["budget"]["amount"])
 
 
+_ABSENT = object()
+
+
 def known_key(key: str, cfg: Config) -> None:
     """Raise UserError when `key` (dotted) is not in `cfg`, with the nearest that is."""
+    node: Any = cfg
+    for part in key.split("."):
+        node = node.get(part, _ABSENT) if isinstance(node, dict) else _ABSENT
+    if node is not _ABSENT or key.startswith("task.options."):
+        return
     known = flatten(cfg)
     sections = {".".join(k.split(".")[:n]) for k in known for n in range(1, k.count(".") + 1)}
-    if key in known or key in sections or key.startswith("task.options."):
-        return
     last = key.rsplit(".", 1)[-1]
     same_last = next((k for k in known if k.rsplit(".", 1)[-1] == last), None)
     close = difflib.get_close_matches(key, [*known, *sections], n=1, cutoff=0.6)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -64,15 +63,17 @@ def check_arguments(arguments: Sequence[str]) -> None:
 
 def parse(arguments: Iterable[str]) -> list[Override]:
     """Hydra's reading of `key=value` words. Raises UserError for one it cannot read."""
-    parser, found = OverridesParser.create(config_loader=_loader()), []
-    for argument in arguments:
-        if "=" not in argument:
-            raise UserError(f"{argument}: not an option; write key=value, e.g. task=imagenet_tiny budget=10%")
-        try:
-            found.append(parser.parse_override(argument))
-        except HydraException:
-            raise UserError(f"{argument}: cannot be read; quote a value that holds a comma, bracket or space") from None
-    return found
+    return [_parsed(argument) for argument in arguments]
+
+
+@functools.cache
+def _parsed(argument: str) -> Override:
+    if "=" not in argument and not argument.startswith("~"):
+        raise UserError(f"{argument}: not an option; write key=value, e.g. task=imagenet_tiny budget=10%")
+    try:  # parse_overrides, unlike parse_override, lets glob(*) see the options
+        return OverridesParser.create(config_loader=_loader()).parse_overrides([argument])[0]
+    except HydraException:
+        raise UserError(f"{argument}: cannot be read; quote a value that holds a comma, bracket or space") from None
 
 
 def _check(override: Override, multirun: bool) -> None:
@@ -164,7 +165,7 @@ def configuration(overrides: tuple[str, ...]) -> Config:
     """The composed configuration as plain values, equal to what Hydra hands to a job for the same words."""
     parsed = [o for o in parse(overrides) if not _is_hydras(o)]
     choices = {o.key_or_group: str(o.value()) for o in parsed if o.key_or_group in GROUPS}
-    cfg = copy.deepcopy(_assembled(tuple(sorted(choices.items()))))
+    cfg = _copied(_assembled(tuple(sorted(choices.items()))))
     interpolated = False
     for override in parsed:
         key = override.key_or_group
@@ -187,6 +188,12 @@ def configuration(overrides: tuple[str, ...]) -> Config:
         except OmegaConfBaseException as error:
             raise UserError(str(error).splitlines()[0]) from None
     return cfg
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _copied(v) for k, v in value.items()}
+    return [_copied(v) for v in value] if isinstance(value, list) else value
 
 
 @functools.cache

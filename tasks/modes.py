@@ -61,14 +61,14 @@ def plan(cfg: Any, choices: Choices) -> None:
 
 def status(cfg: Any, choices: Choices) -> None:
     """Print the state of every cell under `out`, again every `watch` seconds where that is given."""
-    from rich.console import Console
     from rich.live import Live
 
+    from benchmarks import console
     from benchmarks.status import render, rows
 
     out = existing(cfg.out)
     if not cfg.watch:
-        Console().print(render(rows(out)))
+        console().print(render(rows(out)))
         return
     with Live(render(rows(out)), refresh_per_second=4) as live:
         while True:
@@ -78,13 +78,12 @@ def status(cfg: Any, choices: Choices) -> None:
 
 def report(cfg: Any, choices: Choices) -> None:
     """Write `<out>/report/` and print its table."""
-    from rich.console import Console
-
+    from benchmarks import console
     from benchmarks.report import build, render_terminal
 
     out = existing(cfg.out)
     page = build(out)
-    Console().print(render_terminal(out))
+    console().print(render_terminal(out))
     log.info("report: %s", page)
 
 
