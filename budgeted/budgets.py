@@ -20,9 +20,11 @@ from budgeted.errors import UserError
 UNITS = ("%", "it", "ep", "im", "min", "h", "gpuh", "flop")
 CLOCK_SECONDS = {"min": 60, "h": 3600, "gpuh": 3600}
 MOST_ITERATIONS = 10**12  # beyond it a run would take longer than anyone waits
+LEAST = Fraction(1, 10**100)  # beyond it, and beyond its inverse, a float would be 0 or overflow
 FORMS = "an amount such as 5%, 900it, 12ep, 1.2e6im, 45min, 1.5h, 8gpuh or 3e17flop"
 
-_AMOUNT = re.compile(r"([+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,3})?)\s*(%|[a-zA-Z]*)")
+# No spaces: the amount as written names a directory. ASCII digits, and few enough for Python to convert.
+_AMOUNT = re.compile(r"([+-]?(?:[0-9]{1,30}(?:\.[0-9]{0,30})?|\.[0-9]{1,30})(?:[eE][+-]?[0-9]{1,3})?)(%|[a-zA-Z]*)")
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Budget:
         self._parse()
 
     def _parse(self) -> tuple[Fraction, str]:
-        match = _AMOUNT.fullmatch(str(self.amount).strip())
+        match = _AMOUNT.fullmatch(str(self.amount))
         if not match:
             raise UserError(f"budget.amount={self.amount}: not an amount; write {FORMS}")
         number, unit = match.groups()
@@ -84,6 +86,8 @@ class Budget:
         value = Fraction(number)
         if value <= 0:
             raise UserError(f"budget.amount={self.amount}: must be positive")
+        if not LEAST < value < 1 / LEAST:
+            raise UserError(f"budget.amount={self.amount}: out of any reach; write {FORMS}")
         return value, unit
 
     @property

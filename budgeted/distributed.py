@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from budgeted.errors import UserError
 
@@ -75,6 +77,61 @@ class World:
         """Part from the other processes."""
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def synchronised(model: nn.Module, device: torch.device) -> nn.Module:
+    """`model` with batch-norm statistics over the global batch: torch's SyncBatchNorm, which needs a GPU, or ours."""
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.__class__ = _CpuSyncBatchNorm
+    return model
+
+
+class _Sum(torch.autograd.Function):
+    """The sum of a tensor over all ranks; gradients are summed likewise."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:
+        value = value.clone()
+        dist.all_reduce(value)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return _Sum.forward(ctx, gradient)
+
+
+class _CpuSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm over all ranks through gloo. Input (N, C, ...); the same buffers as torch's own."""
+
+    def _check_input_dim(self, input: torch.Tensor) -> None:
+        pass
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return super().forward(input)
+        axes = [d for d in range(input.dim()) if d != 1]
+        count = input.new_tensor([input.numel() / input.shape[1]])
+        # Statistics as sums over ranks; the second takes centred squares, which lose no digits.
+        total = _Sum.apply(torch.cat([input.sum(axes), count]))
+        n = total[-1].detach()
+        mean = (total[:-1] / n).view(1, -1, *[1] * (input.dim() - 2))
+        centred = input - mean
+        var = _Sum.apply(centred.square().sum(axes)) / n
+        self._track(mean.flatten().detach(), (var * n / (n - 1)).detach())
+        scale = torch.rsqrt(var + self.eps) if self.weight is None else self.weight * torch.rsqrt(var + self.eps)
+        out = centred * scale.view_as(mean)
+        return out if self.bias is None else out + self.bias.view_as(mean)
+
+    def _track(self, mean: torch.Tensor, var: torch.Tensor) -> None:
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return
+        self.num_batches_tracked.add_(1)
+        rate = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
+        self.running_mean.lerp_(mean, rate)
+        self.running_var.lerp_(var, rate)
 
 
 def _address_from_slurm() -> None:

@@ -428,6 +428,7 @@ class Session:
             digest = checkpoint.tensors_sha256(_tensors(self.model))
             if self._evaluation_weights and self.world.is_main:
                 evaluated = {k: v.clone() for k, v in self.model.state_dict().items()}
+        result: dict[str, Any] = {}
         if self.world.is_main:
             if self._evaluation_weights:
                 checkpoint.save(self.cell.checkpoint, {**self._content(), "evaluated": evaluated})
@@ -435,9 +436,7 @@ class Session:
             write_json(self.directory / "result.json", result)
             checkpoint.previous(self.cell.checkpoint).unlink(missing_ok=True)
             self._write_state("done")
-        else:
-            result = {}
-        return result
+        return self.world.agree(result)
 
     def close(self) -> None:
         """Give signals and files back; safe to call at any time."""

@@ -7,18 +7,19 @@ import logging
 import signal
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from budgeted.cells import Cell, Held
 from budgeted.data import ignore_stop_signals
-from budgeted.distributed import World
+from budgeted.distributed import World, synchronised
 from budgeted.errors import UserError
 from budgeted.recipe import Config, DataSummary, Recipe
 from budgeted.session import Interrupted, Session
@@ -54,13 +55,17 @@ def train(recipe: Recipe) -> dict[str, Any] | None:
     Raises Interrupted after a signal (state `partial`). Any other error leaves state `failed` and is raised.
     """
     cell, world = recipe.cell, World.from_environment()
-    done = cell.result()
-    if done:
-        log.info("%s is done already", cell.name)
-        return done
+    device = pick_device(recipe.cfg["device"], world)
+    world.join(device)
+    if not world.is_main:
+        log.setLevel(logging.ERROR)
     try:
+        done = world.agree(cell.result())
+        if done:
+            log.info("%s is done already", cell.name)
+            return done
         with _held(cell, world), _logged(cell, world):
-            return _run(recipe, world)
+            return _run(recipe, world, device)
     except Held as holder:
         log.warning("%s; nothing to do here", holder)
         return None
@@ -68,12 +73,10 @@ def train(recipe: Recipe) -> dict[str, Any] | None:
         world.leave()
 
 
-def _run(recipe: Recipe, world: World) -> dict[str, Any]:
+def _run(recipe: Recipe, world: World, device: torch.device) -> dict[str, Any]:
     cell, cfg = recipe.cell, recipe.cfg
     session = None
     try:
-        device = pick_device(cfg["device"], world)
-        world.join(device)
         _write_config(recipe, world)
         adapter = _adapter(cfg)(cfg, recipe.data, device)
         session = Session(recipe, _horizon(recipe, adapter), world, device)
@@ -82,16 +85,7 @@ def _run(recipe: Recipe, world: World) -> dict[str, Any]:
             adapter.train(session)
         return session.finish()
     except Interrupted as stop:
-        assert session is not None
-        log.warning(
-            "%s stopped by signal %d after %d steps; the same command goes on",
-            cell.name,
-            stop.signal,
-            session.step,
-        )
-        session.close()
-        if callable(stop.handler) and stop.handler is not signal.default_int_handler:
-            stop.handler(stop.signal, None)  # whoever launched this process wants to know too: submitit requeues
+        _say_stopped(cell, stop, session)
         raise
     except BaseException as error:
         _record_failure(cell, world, session, error)
@@ -99,6 +93,16 @@ def _run(recipe: Recipe, world: World) -> dict[str, Any]:
     finally:
         if session is not None:
             session.close()
+
+
+def _say_stopped(cell: Cell, stop: Interrupted, session: Session | None) -> None:
+    assert session is not None
+    log.warning(
+        "%s stopped by signal %d after %d steps; the same command goes on", cell.name, stop.signal, session.step
+    )
+    session.close()
+    if callable(stop.handler) and stop.handler is not signal.default_int_handler:
+        stop.handler(stop.signal, None)  # whoever launched this process wants to know too: submitit requeues
 
 
 def _horizon(recipe: Recipe, adapter: Adapter) -> int | None:
@@ -115,14 +119,19 @@ def _horizon(recipe: Recipe, adapter: Adapter) -> int | None:
 
 def _record_failure(cell: Cell, world: World, session: Session | None, error: BaseException) -> None:
     line = one_line(error)
+    # When another rank dies, this one's collective fails: nothing is wrong with the recipe, the run goes on later.
+    lost = world.size > 1 and (isinstance(error, dist.DistError) or any(w in line for w in LOST_PEER))
     try:
         log.debug("%s", "".join(traceback.format_exception(error)))
         if world.is_main:
             step, total = (session.step, session.horizon) if session else (0, None)
-            state = "partial" if isinstance(error, KeyboardInterrupt) else "failed"
-            cell.write_state(state, step, total, line)
+            state = "partial" if lost or isinstance(error, KeyboardInterrupt) else "failed"
+            cell.write_state(state, step, total, f"another process was lost: {line}" if lost else line)
     except OSError as full:
         log.error("the failure could not be recorded: %s", full)
+
+
+LOST_PEER = ("gloo", "NCCL", "onnection closed", "onnection reset", "Broken pipe")
 
 
 def one_line(error: BaseException) -> str:
@@ -159,7 +168,17 @@ def pick_device(wanted: str, world: World) -> torch.device:
 
 @contextmanager
 def _held(cell: Cell, world: World) -> Iterator[None]:
-    with cell.lock() if world.is_main else nullcontext():
+    """Rank 0 holds the cell for all; when it cannot, every rank raises Held."""
+    with ExitStack() as stack:
+        refused = None
+        if world.is_main:
+            try:
+                stack.enter_context(cell.lock())
+            except Held as error:
+                refused = str(error)
+        refused = world.agree(refused)
+        if refused:
+            raise Held(refused)
         yield
 
 
@@ -325,7 +344,7 @@ class Native:
         if self.cfg["channels_last"]:
             self.model = self.model.to(memory_format=self.memory_format)
         if session.world_size > 1:
-            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model) if self._can_sync() else self.model
+            self.model = synchronised(self.model, self.device)
         self.optimizer = build_optimizer(self.cfg, decay_groups(self.model, self.norm_decay))
         self.dataset = self.train_dataset()
         special = self.refresh_batches > 0 or self._schedule_free
@@ -342,9 +361,6 @@ class Native:
     @property
     def _schedule_free(self) -> bool:
         return self.cfg["optimizer"]["name"] == "schedule_free"
-
-    def _can_sync(self) -> bool:
-        return self.device.type == "cuda"
 
     def train(self, session: Session) -> None:
         self._training_mode()
@@ -385,7 +401,7 @@ class Native:
                 order = scores.topk(min(5, self.classes), dim=1).indices == y[:, None]
                 right += torch.stack([order[:, 0].sum(), order.any(1).sum(), torch.ones_like(y).sum()])
         if session.world_size > 1:
-            torch.distributed.all_reduce(right)
+            dist.all_reduce(right)
         self._training_mode()
         top1, top5, n = right.tolist()
         return {"top1": top1 / n, "top5": top5 / n} if self.classes > 5 else {"top1": top1 / n}
