@@ -1,0 +1,363 @@
+"""The report as one self-contained HTML page: no script, nothing fetched, every name escaped by construction."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.published import RECIPES
+from benchmarks.results import Entry, clean
+from benchmarks.tables import (
+    AXES,
+    Altered,
+    Grid,
+    Square,
+    Verdict,
+    compare,
+    costs,
+    leader,
+    ranking,
+    reach,
+    secondary,
+    sentence,
+)
+
+LISTED = 200  # rows shown of a list that may be long; the rest is counted
+STYLE = Path(__file__).with_name("page.css")
+STATES = ("done", "running", "partial", "died", "failed", "unreadable")
+
+
+class Html(str):
+    """Text that is markup already. Anything else given to `tag` is escaped."""
+
+
+class Picture(NamedTuple):
+    """One picture: PNG bytes, dark on white."""
+
+    name: str
+    data: bytes
+    says: str  # for those who cannot see it
+
+
+def tag(name: str, *children: object, **attributes: str) -> Html:
+    """An element. Children and attribute values are escaped unless they are Html; `cls` stands for class."""
+    shown = "".join(
+        f' {key.replace("cls", "class").replace("_", "-")}="{html.escape(str(value))}"'
+        for key, value in attributes.items()
+        if value
+    )
+    inside = "".join(c if isinstance(c, Html) else html.escape(str(c)) for c in children)
+    return Html(f"<{name}{shown}>{inside}</{name}>")
+
+
+def join(parts: Iterable[Html]) -> Html:
+    """Markup one after the other."""
+    return Html("".join(parts))
+
+
+# ---- numbers as text, shared with the Markdown and the terminal table
+
+
+def value_text(square: Square) -> str:
+    """'30.63 ± 0.36' in percent, '30.63' for one run, '—' for none."""
+    s = square.summary
+    if not s.n:
+        return "—"
+    return f"{100 * s.mean:.2f}" + ("" if math.isnan(s.std) else f" ± {100 * s.std:.2f}")
+
+
+def count_text(square: Square, seeds: int) -> str:
+    """'n=3' when every seed is there, else what is: '2/3', '0/3, 1 running'."""
+    n = len(square.values)
+    states = "".join(f", {count} {state}" for state, count in sorted(square.states.items()))
+    return f"n={n}" if n == seeds and not states else f"{n}/{seeds}{states}"
+
+
+def published_text(square: Square, task: str) -> str:
+    """'paper 30.63 ± 0.36', or '' where nothing may stand beside."""
+    p = square.published
+    if p is None:
+        return ""
+    std = "" if p.std is None else f" ± {100 * p.std:.2f}"
+    return f"{RECIPES[task].tag} {100 * p.mean:.2f}{std}"
+
+
+def signed(difference: float, digits: int = 2) -> str:
+    """'+1.72' or '−0.36': a difference of fractions in points."""
+    return f"{100 * difference:+.{digits}f}".replace("-", "\u2212")
+
+
+def seconds_text(seconds: float | None) -> str:
+    """'42 s', '3 min 20 s', '5 h 07 min', '3 d 4 h'."""
+    if seconds is None:
+        return "—"
+    s = round(seconds)
+    if s < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{s} s"
+    if s < 3600:
+        return f"{s // 60} min {s % 60:02d} s"
+    if s < 48 * 3600:
+        return f"{s // 3600} h {s % 3600 // 60:02d} min"
+    return f"{s // 86400:,} d {s % 86400 // 3600} h"
+
+
+def sources(grid: Grid) -> list[str]:
+    """Where the published numbers of a grid come from, and what to know about them."""
+    found = sorted({q.published.source for q in grid.squares.values() if q.published})
+    recipe = RECIPES.get(grid.task)
+    lines = [f"{recipe.tag}: {source}." for source in found] if recipe else []
+    if recipe and recipe.note and grid.family == "fraction":
+        lines.append(recipe.note)
+    return [*lines, grid.note] if grid.note else lines
+
+
+# ---- tables
+
+
+def _head(cells: Sequence[str]) -> Html:
+    return tag("thead", tag("tr", *[tag("th", c, scope="col") for c in cells]))
+
+
+def _scroll(table: Html) -> Html:
+    return tag("div", table, cls="scroll")
+
+
+def grid_table(grid: Grid) -> Html:
+    """schedule x budget, best per budget in bold, published numbers and counts beneath, the difference in the foot."""
+    best = {b: grid.best(b) for b in grid.budgets}
+    rows = []
+    for schedule in grid.schedules:
+        cells = [tag("th", clean(schedule, 40), scope="row")]
+        for budget in grid.budgets:
+            square = grid.squares[schedule, budget]
+            main = tag("b" if schedule in best[budget] else "span", value_text(square), cls="value")
+            under = [tag("small", t) for t in [published_text(square, grid.task)] if t]
+            short = len(square.values) < len(grid.seeds) or bool(square.states)
+            if short:
+                under.append(tag("small", count_text(square, len(grid.seeds)), cls="short"))
+            cells.append(tag("td", main, *under, cls="" if square.values else "gap"))
+        rows.append(tag("tr", *cells))
+    foot = _difference_row(grid)
+    return _scroll(tag("table", _head(["schedule", *grid.budgets]), tag("tbody", *rows), foot, cls="grid"))
+
+
+def _difference_row(grid: Grid) -> Html:
+    verdict = compare(grid)
+    if not verdict:
+        return Html("")
+    cells = []
+    for budget in grid.budgets:
+        d = verdict.differences.get(budget)
+        if d is None:
+            cells.append(tag("td", "—"))
+            continue
+        span = [] if math.isnan(d.low) else [tag("small", f"{signed(d.low)} to {signed(d.high)}")]
+        cells.append(tag("td", signed(d.mean), *span))
+    name = tag(
+        "th",
+        f"{verdict.first} − {verdict.second}",
+        tag("small", "points" + ", 95% interval" * any(d.n > 1 for d in verdict.differences.values())),
+        scope="row",
+    )
+    return tag("tfoot", tag("tr", name, *cells))
+
+
+def _tint(d: Any) -> str:
+    """Class of a difference: who is ahead, how far, and whether the interval leaves zero."""
+    if d.mean == 0:
+        return "even"
+    size = sum(abs(100 * d.mean) >= limit for limit in (0.3, 1, 3))
+    sure = not math.isnan(d.low) and (d.low > 0 or d.high < 0)
+    return f"{'win' if d.mean > 0 else 'loss'}{size}" + (" sure" if sure else "")
+
+
+def overview(verdicts: Sequence[Verdict]) -> Html:
+    """Task x budget: the first screen's answer."""
+    budgets = _columns(verdicts)
+    rows = []
+    for v in verdicts:
+        cells = [tag("th", tag("a", v.grid.title, href=f"#{anchor(v.grid)}"), tag("small", v.grid.metric), scope="row")]
+        for budget in budgets:
+            d = v.differences.get(budget)
+            cells.append(tag("td", signed(d.mean, 1), cls=_tint(d)) if d else tag("td", "—", cls="gap"))
+        n = sorted({d.n for d in v.differences.values()})
+        runs = f"{n[0]}" if len(n) == 1 else f"{n[0]}–{n[-1]}"
+        cells += [tag("td", signed(v.mean, 1), cls="mean"), tag("td", runs)]
+        rows.append(tag("tr", *cells))
+    first, second = verdicts[0].first, verdicts[0].second
+    caption = tag(
+        "caption", tag("b", f"{first} minus {second}"), ", percentage points, paired over seeds. ",
+        tag("i", f"{first} ahead", cls="win2"), " ", tag("i", f"{second} ahead", cls="loss2"),
+        " Bold: the 95% interval leaves zero." if any(d.n > 1 for v in verdicts for d in v.differences.values()) else "",
+    )  # fmt: skip
+    return _scroll(
+        tag("table", caption, _head(["task", *budgets, "mean", "seeds"]), tag("tbody", *rows), cls="overview")
+    )
+
+
+def _columns(verdicts: Sequence[Verdict]) -> list[str]:
+    place = {b: v.grid.position[b] for v in verdicts for b in v.differences}
+    return sorted(place, key=lambda b: (place[b], b))
+
+
+def anchor(grid: Grid) -> str:
+    """The id of a task's section."""
+    return (
+        "t"
+        + hashlib.sha256(f"{grid.task}/{grid.optimizer}/{grid.metric}/{grid.rule}/{grid.family}".encode()).hexdigest()[
+            :8
+        ]
+    )
+
+
+def cost_table(grid: Grid) -> Html:
+    """What each budget cost: medians over its runs."""
+    heads = ["budget", "runs", "training", "evaluation", "waiting for data", "compiling", "samples/s",
+             "peak memory", "best seen at", "resumed", "updates skipped", "samples missing", "device"]  # fmt: skip
+    rows = []
+    for c in costs(grid):
+        values = [
+            c["budget"], c["runs"], seconds_text(c["train_seconds"]), seconds_text(c["eval_seconds"]),
+            _percent(c["data_wait"]), seconds_text(c["compile_seconds"]), _or_dash(c["samples_per_second"], "{:,.1f}"),
+            _or_dash(c["peak_memory_bytes"], "{:.2f} GiB", 2**30), _percent(c["best_place"]), c["resumed"],
+            c["skipped"], c["missing"], ", ".join(c["devices"][:4]),
+        ]  # fmt: skip
+        rows.append(tag("tr", tag("th", values[0], scope="row"), *[tag("td", v) for v in values[1:]]))
+    return _scroll(tag("table", _head(heads), tag("tbody", *rows), cls="list"))
+
+
+def _or_dash(value: float | None, form: str, unit: float = 1.0) -> str:
+    return "—" if value is None else form.format(value / unit)
+
+
+def _percent(share: float | None) -> str:
+    return "—" if share is None else f"{100 * share:.0f}%"
+
+
+# ---- sections
+
+
+def task_section(grid: Grid, pictures: Sequence[Picture]) -> Html:
+    """One task: what it says, the table, the pictures, the rest folded away."""
+    verdict = compare(grid)
+    finished = sum(len(q.runs) for q in grid.squares.values())
+    possible = len(grid.squares) * len(grid.seeds)
+    unfinished = sum(sum(q.states.values()) for q in grid.squares.values())
+    says = [sentence([verdict]) + "." if verdict else leader(grid), reach(grid), ranking(grid)]
+    if grid.task.endswith("_tiny"):
+        says.append("Embedded data: this shows that the code path works, not how a schedule fares.")
+    facts = f"{finished} of {possible} runs finished" + (f", {unfinished} under way or stopped" if unfinished else "")
+    rule = {"best": "best evaluation of the run", "final": "final model"}.get(grid.rule, "")
+    models = sorted(
+        {r.result["model"] for q in grid.squares.values() for r in q.runs if r.result and r.result["model"]}
+    )
+    meta = " · ".join(filter(None, [grid.metric, rule, *models[:3], grid.optimizer, AXES[grid.family], facts]))
+    title = grid.title if grid.family == "fraction" else f"{grid.title}, {AXES[grid.family].removeprefix('budget, ')}"
+    parts = [tag("h2", title), tag("p", meta, cls="meta"), tag("p", " ".join(filter(None, says)), cls="says")]
+    n = len(grid.seeds)
+    unit = "Percent, mean ± sample standard deviation over seeds" if n > 1 else "Percent"
+    unit += f"; n={n} where no count is shown. Bold: best of its budget."
+    parts += [grid_table(grid), tag("p", " ".join([unit, *sources(grid)]), cls="note")]
+    parts.append(tag("div", *[_figure(p) for p in pictures], cls="figures"))
+    for other in secondary(grid):
+        parts.append(
+            fold(
+                f"Also measured: {clean(other.metric, 40)}",
+                grid_table(other),
+                tag("p", " ".join(sources(other)), cls="note"),
+            )
+        )
+    if finished:
+        parts.append(fold("What it cost", cost_table(grid)))
+    return tag("section", *parts, id=anchor(grid))
+
+
+def _figure(picture: Picture) -> Html:
+    data = base64.b64encode(picture.data).decode()
+    image = Html(f'<img src="data:image/png;base64,{data}" alt="{html.escape(picture.says)}">')
+    return tag("figure", image)
+
+
+def fold(title: str, *inside: Html) -> Html:
+    """A folded part of the page."""
+    return tag("details", tag("summary", title), *inside)
+
+
+def _more(total: int) -> Html:
+    return tag("p", f"{total - LISTED:,} more are not listed here.", cls="note") if total > LISTED else Html("")
+
+
+def altered_section(groups: Sequence[Altered]) -> Html:
+    """Runs whose recipe departs from the named one: never beside published numbers, never in the grids."""
+    rows = []
+    for g in groups[:LISTED]:
+        c = g.entry.cell
+        signatures = ", ".join(g.signatures[:3]) + (
+            f" and {len(g.signatures) - 3} more" if len(g.signatures) > 3 else ""
+        )
+        metric = g.entry.result["reported.metric"] if g.entry.result else ""
+        values = [
+            c.schedule,
+            c.budget,
+            metric,
+            value_text(g.square),
+            g.square.summary.n,
+            g.change or "not recorded",
+            signatures,
+        ]
+        rows.append(tag("tr", tag("th", c.task, scope="row"), *[tag("td", v) for v in values]))
+    heads = ["task", "schedule", "budget", "metric", "value, %", "n", "departs in (named recipe)", "signature"]
+    intro = "These recipes depart from the named ones. They are kept out of every table, comparison and picture above."
+    table = _scroll(tag("table", _head(heads), tag("tbody", *rows), cls="list"))
+    return tag(
+        "section",
+        tag("h2", f"Altered recipes ({len(groups):,})"),
+        tag("p", intro, cls="meta"),
+        table,
+        _more(len(groups)),
+    )
+
+
+def entry_section(title: str, intro: str, entries: Sequence[Entry], out: Path) -> Html:
+    """A list of directories with their state and why."""
+    rows = []
+    for e in entries[:LISTED]:
+        step, total = e.progress.get("step"), e.progress.get("total")
+        where = clean(e.path.relative_to(out) if e.path.is_relative_to(out) else e.path)
+        done = "—" if step is None or not total else f"{step:,} of {total:,}"
+        rows.append(tag("tr", tag("th", where, scope="row"), *[tag("td", v) for v in (e.state, done, e.note or "—")]))
+    table = _scroll(tag("table", _head(["directory", "state", "iterations", "why"]), tag("tbody", *rows), cls="list"))
+    return tag(
+        "section", tag("h2", f"{title} ({len(entries):,})"), tag("p", intro, cls="meta"), table, _more(len(entries))
+    )
+
+
+def masthead(headline: str, standfirst: Sequence[str], counts: Mapping[str, int]) -> Html:
+    """The first lines of the page."""
+    chips = [
+        tag("li", tag("b", f"{n:,}"), f" {state}", cls=state) for state, n in counts.items() if n or state == "done"
+    ]
+    return tag(
+        "header", tag("p", "Budgeted training · report", cls="kicker"), tag("h1", headline + "."),
+        *[tag("p", line, cls="standfirst") for line in standfirst if line], tag("ul", *chips, cls="chips"),
+    )  # fmt: skip
+
+
+def document(title: str, body: Iterable[Html]) -> str:
+    """The whole page. The policy allows the one style sheet by its hash and embedded pictures, nothing else."""
+    css = STYLE.read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(css.encode()).digest()).decode()
+    policy = f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    head = (
+        '<meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        f"<title>{html.escape(title)}</title><style>{css}</style>"
+    )
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body><main>{join(body)}</main></body></html>\n'

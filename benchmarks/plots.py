@@ -1,0 +1,329 @@
+"""The pictures of the report: one function per kind, each from a Grid or curves to PNG bytes.
+
+matplotlib is imported inside and used without pyplot, so nothing here is global and no figure stays behind.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from benchmarks.results import Curve
+from benchmarks.tables import AXES, ORDER, PAIR, Grid, compare, full_value
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+# Drawn once, black on white: the page multiplies a picture into its paper, or inverts it and screens it in the dark.
+PAPER, INK, MUTED, RULE = "#ffffff", "#1d2127", "#666b73", "#dcdcdc"
+# Okabe and Ito's palette, told apart by colour-blind readers; the grey stands for their black.
+BLUE, RED, GREEN, PURPLE, ORANGE, SKY, GREY = (
+    "#1f78b4", "#d55e00", "#009e73", "#c06a9c", "#e69f00", "#56b4e9", "#8a8f98",
+)  # fmt: skip
+STYLE = {
+    "linear": (BLUE, "-"), "step": (RED, "-"), "cosine": (GREEN, "-"), "rex": (PURPLE, "-"), "constant": (GREY, ":"),
+    "exp": (ORANGE, "--"), "poly": (SKY, "--"), "htd": (PURPLE, "--"), "inverse": (GREY, "--"), "knee": (SKY, "-"),
+    "onecycle": (ORANGE, "-"), "wsd": (GREEN, "--"), "sgdr": (RED, "--"), "uba": (BLUE, "--"), "refined": (GREY, "-"),
+}  # fmt: skip
+WIDE, TALL, DPI = 5.9, 3.9, 120
+LABELS = 20  # at most so many lines carry a name
+
+
+def style(schedule: str) -> tuple[str, str]:
+    """(colour, line style) of a schedule, the same in every picture and every report."""
+    if schedule in STYLE:
+        return STYLE[schedule]
+    colours = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, GREY)
+    return colours[zlib.crc32(schedule.encode("utf-8", "replace")) % len(colours)], "-."
+
+
+def plain(text: str, limit: int = 24) -> str:
+    """Text that matplotlib draws as it is: no math mode."""
+    return (text if len(text) <= limit else text[: limit - 1] + "…").replace("$", r"\$")
+
+
+def _axes(height: float = TALL, right: float = 0.80) -> tuple[Figure, Axes]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDE, height), dpi=DPI, facecolor=PAPER)
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((0.105, 0.56 / height, right - 0.105, 1 - 0.84 / height), facecolor=PAPER)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(RULE)
+    axes.tick_params(colors=MUTED, labelsize=8, length=3, width=0.8, which="both")
+    axes.grid(axis="y", color=RULE, linewidth=0.6)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _name(axes: Axes, x: str, y: str) -> None:
+    axes.set_xlabel(x, color=MUTED, fontsize=8.5)
+    axes.set_title(y, loc="left", color=INK, fontsize=9, pad=7)
+
+
+def png(figure: Figure) -> bytes:
+    """The picture as PNG, without metadata, so that equal data give equal bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None}, pil_kwargs={"compress_level": 4})
+    return buffer.getvalue()
+
+
+def spread(heights: Sequence[float], gap: float, low: float = 0.0, high: float = 1.0) -> list[float]:
+    """Heights moved apart to at least `gap` (less if they do not fit), kept in order and in [low, high].
+
+    heights: any order; the answer is in the same order.
+    """
+    n = len(heights)
+    gap = min(gap, (high - low) / max(1, n - 1))
+    order = np.argsort(heights, kind="stable")
+    places = np.array(heights, dtype=float)[order] - gap * np.arange(n)
+    blocks: list[list[float]] = []  # pooled neighbours: [mean, size]
+    for place in places:
+        blocks.append([float(place), 1.0])
+        while len(blocks) > 1 and blocks[-2][0] >= blocks[-1][0]:
+            mean, size = blocks.pop()
+            blocks[-1] = [(blocks[-1][0] * blocks[-1][1] + mean * size) / (blocks[-1][1] + size), blocks[-1][1] + size]
+    pooled = np.concatenate([np.full(int(size), mean) for mean, size in blocks]) if blocks else places
+    pooled = np.clip(pooled, low, high - gap * (n - 1)) + gap * np.arange(n)
+    answer = np.empty(n)
+    answer[order] = pooled
+    return [float(v) for v in answer]
+
+
+def _direct_labels(axes: Axes, ends: Mapping[str, tuple[float, float]]) -> None:
+    """Names at the right edge, each joined to the end (x, y) of its line."""
+    from matplotlib.transforms import blended_transform_factory
+
+    ends = dict(list(ends.items())[:LABELS])
+    to_axes = axes.transData + axes.transAxes.inverted()
+    starts = {name: to_axes.transform(end) for name, end in ends.items()}
+    size = 8.5 if len(ends) <= 12 else 7
+    gap = size * 1.25 / (axes.get_position().height * TALL * 72)
+    heights = spread([float(y) for _, y in starts.values()], gap, -0.02, 1.02)
+    for (name, (x, y)), height in zip(starts.items(), heights, strict=True):
+        colour, dash = style(name)
+        axes.plot(
+            (x + 0.008, 1.025, 1.045), (y, height, height),
+            transform=axes.transAxes, color=colour, linewidth=0.7, linestyle=dash, clip_on=False,
+        )  # fmt: skip
+        axes.text(
+            1.055, height, plain(name, 14), color=INK, fontsize=size, va="center",
+            weight="bold" if name in ORDER[:2] else "normal",
+            transform=blended_transform_factory(axes.transAxes, axes.transAxes),
+        )  # fmt: skip
+
+
+def _budget_axis(axes: Axes, grid: Grid, budgets: Sequence[str]) -> None:
+    places = [grid.position[b] for b in budgets]
+    axes.set_xscale("log")
+    axes.minorticks_off()
+    shown, last = [], -math.inf
+    span = math.log(max(places) / min(places)) or 1.0
+    for budget, place in zip(budgets, places, strict=True):
+        if (math.log(place) - last) / span >= 0.07:
+            shown.append((place, plain(budget, 10)))
+            last = math.log(place)
+    axes.set_xticks([p for p, _ in shown], [t for _, t in shown])
+    axes.set_xlim(min(places) / math.exp(0.04 * span), max(places) * math.exp(0.02 * span))
+
+
+def drawable(grid: Grid) -> list[str]:
+    """The budgets that have a place on the axis and a finished run."""
+    has = {b for (_, b), q in grid.squares.items() if q.values}
+    return [b for b in grid.budgets if b in has and grid.position[b] > 0]
+
+
+def _metric_lines(axes: Axes, grid: Grid, scale: float) -> dict[str, tuple[float, float]]:
+    """Draws mean and standard deviation of every schedule; returns the ends of the lines."""
+    budgets, ends = drawable(grid), {}
+    crowd = len(grid.schedules) > 6
+    for schedule in reversed(grid.schedules):
+        found = [(grid.position[b], grid.squares[schedule, b].summary) for b in budgets]
+        found = [(x, s) for x, s in found if s.n]
+        if not found:
+            continue
+        x = np.array([x for x, _ in found])
+        mean = scale * np.array([s.mean for _, s in found])
+        std = scale * np.array([0.0 if math.isnan(s.std) else s.std for _, s in found])
+        colour, dash = style(schedule)
+        main = schedule in ORDER[:2] or not crowd
+        axes.plot(
+            x, mean, dash, color=colour, linewidth=1.9 if main else 1.1, marker="o", markersize=3.6 if main else 2.4
+        )
+        if main:
+            axes.fill_between(x, mean - std, mean + std, color=colour, alpha=0.18, linewidth=0)
+        ends[schedule] = (float(x[-1]), float(mean[-1]))
+    return dict(reversed(ends.items()))
+
+
+def budget_curve(grid: Grid) -> bytes:
+    """The metric (%) against the budget, a line per schedule, a band of one standard deviation over seeds."""
+    figure, axes = _axes()
+    ends = _metric_lines(axes, grid, 100.0)
+    _budget_axis(axes, grid, drawable(grid))
+    _name(axes, AXES[grid.family], f"{plain(grid.metric)}, %")
+    _direct_labels(axes, ends)
+    return png(figure)
+
+
+def relative_curve(grid: Grid) -> bytes:
+    """The same relative to the best full-budget mean, with the 90% line (Figure 1 of the paper)."""
+    full = full_value(grid)
+    assert full is not None
+    figure, axes = _axes()
+    ends = _metric_lines(axes, grid, 100.0 / full)
+    axes.axhline(90, color=MUTED, linewidth=0.9, dashes=(4, 3))
+    _budget_axis(axes, grid, drawable(grid))
+    axes.text(axes.get_xlim()[0], 90.6, " 90%", color=MUTED, fontsize=8, va="bottom")
+    _name(axes, AXES[grid.family], f"{plain(grid.metric)}, % of the best full-budget mean")
+    _direct_labels(axes, ends)
+    return png(figure)
+
+
+def gain_curve(grid: Grid) -> bytes:
+    """Paired difference to `step` in percentage points against the budget; a band is a 95% interval of the mean."""
+    figure, axes = _axes()
+    budgets, ends, seen = drawable(grid), {}, [0.0]
+    crowd = len(grid.schedules) > 6
+    axes.axhline(0, color=style(PAIR[1])[0], linewidth=1.9)
+    for schedule in reversed([s for s in grid.schedules if s != PAIR[1]]):
+        verdict = compare(grid, schedule)
+        found = [(grid.position[b], d) for b in budgets if verdict and (d := verdict.differences.get(b))]
+        if not found:
+            continue
+        x, mean = np.array([x for x, _ in found]), 100 * np.array([d.mean for _, d in found])
+        colour, dash = style(schedule)
+        main = schedule == PAIR[0] or not crowd
+        axes.plot(
+            x, mean, dash, color=colour, linewidth=1.9 if main else 1.1, marker="o", markersize=3.6 if main else 2.4
+        )
+        seen += [float(mean.min()), float(mean.max())]
+        if schedule == PAIR[0]:
+            low, high = (100 * np.array([getattr(d, end) for _, d in found]) for end in ("low", "high"))
+            axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+        ends[schedule] = (float(x[-1]), float(mean[-1]))
+    ends[PAIR[1]] = (grid.position[budgets[-1]], 0.0)
+    low, high = axes.get_ylim()
+    span = max(seen) - min(seen) or 1.0  # the interval of two seeds is so wide that it may leave the picture
+    axes.set_ylim(max(low, min(seen) - 0.5 * span), min(high, max(seen) + 0.5 * span))
+    _budget_axis(axes, grid, budgets)
+    _name(axes, AXES[grid.family], f"{plain(grid.metric)}, points above {PAIR[1]} (band: 95% interval)")
+    _direct_labels(axes, dict(reversed(ends.items())))
+    return png(figure)
+
+
+def _binned(progress: np.ndarray, values: np.ndarray, bins: int = 100) -> tuple[np.ndarray, np.ndarray]:
+    """Means of values in equal bins of progress, without empty ones. Shapes (n,), (n,) -> (m,), (m,), m <= bins."""
+    known = np.isfinite(values)
+    index = np.minimum((progress[known] * bins).astype(int), bins - 1)
+    count = np.bincount(index, minlength=bins)
+    total = np.bincount(index, weights=values[known], minlength=bins)
+    used = count > 0
+    return (np.nonzero(used)[0] + 0.5) / bins, total[used] / count[used]
+
+
+def rate_curve(curves: Mapping[str, Curve]) -> bytes:
+    """Applied learning rate against progress, a line per schedule (one run each)."""
+    return _progress_curve(curves, "lr", "learning rate")
+
+
+def loss_curve(curves: Mapping[str, Curve]) -> bytes:
+    """Training loss against progress, means over hundredths of the run."""
+    return _progress_curve(curves, "loss", "training loss, mean over 1% of the run")
+
+
+def _progress_curve(curves: Mapping[str, Curve], field: str, title: str) -> bytes:
+    figure, axes = _axes()
+    crowd, ends, seen = len(curves) > 6, {}, []
+    for schedule, curve in reversed(list(curves.items())):
+        x, y = np.array(curve.progress), np.array(getattr(curve, field), dtype=float)
+        order = np.argsort(x, kind="stable")
+        x, y = x[order], y[order]
+        if field == "loss":
+            x, y = _binned(x, y)
+        if not x.size:
+            continue
+        colour, dash = style(schedule)
+        main = schedule in ORDER[:2] or not crowd
+        axes.plot(x, y, dash, color=colour, linewidth=1.8 if main else 1.1)
+        ends[schedule] = (float(x[-1]), float(y[-1]))
+        seen.append(y)
+    values = np.concatenate(seen) if seen else np.ones(1)
+    if field == "loss" and values.min() > 0 and values.max() > 20 * values.min():
+        axes.set_yscale("log")
+    axes.set_xlim(0, 1)
+    axes.set_xticks((0, 0.25, 0.5, 0.75, 1), ("0", "25%", "50%", "75%", "100%"))
+    _name(axes, "progress through the budget", title)
+    _direct_labels(axes, dict(reversed(ends.items())))
+    return png(figure)
+
+
+def heat_map(grid: Grid, rows: int = 40, columns: int = 14) -> bytes:
+    """schedule x budget: the number is the mean in %, the colour how far it is below the best of its budget (pp)."""
+    from matplotlib.colors import PowerNorm
+
+    schedules, budgets = grid.schedules[:rows], grid.budgets[:columns]
+    means = 100 * grid.means()[:rows, :columns]
+    known = ~np.isnan(means).all(axis=0)
+    gap = np.full(means.shape, np.nan)
+    gap[:, known] = np.nanmax(means[:, known], axis=0) - means[:, known]
+    figure, axes = _axes(height=1.15 + 0.235 * len(schedules), right=0.86)
+    box = axes.get_position()
+    axes.set_position((0.17, box.y0, 0.69, box.height))
+    top = max(0.5, float(np.nanpercentile(gap, 90)) if np.isfinite(gap).any() else 0.5)
+    colours = _sequential()
+    norm = PowerNorm(0.5, 0, top, clip=True)
+    image = axes.pcolormesh(np.ma.masked_invalid(gap), cmap=colours, norm=norm, edgecolors=PAPER, linewidth=1.5)
+    for (i, j), value in np.ndenumerate(means):
+        missing = math.isnan(value)
+        dark = not missing and sum(colours(norm(gap[i, j]))[:3]) < 1.6
+        ink = MUTED if missing else "#ffffff" if dark else "#16191d"
+        weight = "bold" if not missing and gap[i, j] == 0 else "normal"
+        axes.text(
+            j + 0.5,
+            i + 0.5,
+            "—" if missing else f"{value:.1f}",
+            ha="center",
+            va="center",
+            color=ink,
+            fontsize=8,
+            weight=weight,
+        )
+    axes.invert_yaxis()
+    axes.grid(False)
+    axes.set_xticks(np.arange(len(budgets)) + 0.5, [plain(b, 10) for b in budgets])
+    axes.set_yticks(np.arange(len(schedules)) + 0.5, [plain(s, 14) for s in schedules])
+    axes.tick_params(length=0, labelcolor=INK)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    _name(axes, AXES[grid.family], f"{plain(grid.metric)}, % (colour: points below the best of the budget)")
+    _colour_bar(figure, axes, image, top)
+    return png(figure)
+
+
+def _sequential() -> Any:
+    """Blue where it is the best of its budget, fading into the page: even in lightness, so it survives grey print."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    stops = ("#1b5e94", "#5b96c2", "#a9c9e0", "#ececec")
+    return LinearSegmentedColormap.from_list("gap", stops)
+
+
+def _colour_bar(figure: Figure, axes: Axes, image: Any, top: float) -> None:
+    box = axes.get_position()
+    height = min(box.height, 0.5 * TALL / figure.get_figheight() * 0.8)
+    bar = figure.colorbar(image, cax=figure.add_axes((0.885, box.y1 - height, 0.018, height)), extend="max")
+    bar.outline.set_visible(False)
+    bar.ax.invert_yaxis()
+    bar.set_ticks((0, top / 4, top), labels=("0", f"{top / 4:.1f}", f"{top:.1f}"))
+    bar.ax.tick_params(colors=MUTED, labelsize=7.5, length=2)

@@ -1,0 +1,82 @@
+"""Numbers other people published, read from published.csv, and when they may stand beside ours."""
+
+from __future__ import annotations
+
+import csv
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+TABLE = Path(__file__).with_name("published.csv")
+
+
+class Published(NamedTuple):
+    """A published cell. mean and std are fractions for accuracies, std is None where none was printed."""
+
+    mean: float
+    std: float | None
+    source: str
+
+
+class Recipe(NamedTuple):
+    """Which published recipe a task of ours reproduces."""
+
+    task: str  # name in published.csv
+    model: str
+    source: str  # prefix of the sources that used this recipe
+    tag: str  # short name shown in a table
+    n_train: int  # training samples of the real data set: fewer than 80% of them is not the paper's data
+    note: str = ""
+
+
+BUDGETED = "Li, Yumer, Ramanan"
+REX = "Chen, Wolfe, Kyrillidis"
+RECIPES = {
+    "imagenet": Recipe("imagenet", "resnet18", BUDGETED, "paper", 1_281_167),
+    "coco": Recipe("coco", "mask_rcnn_r50_fpn", BUDGETED, "paper", 117_266),
+    "cityscapes": Recipe("cityscapes", "pspnet_r50", BUDGETED, "paper", 2_975),
+    "kinetics": Recipe("kinetics", "i3d_r50", BUDGETED, "paper", 240_000),
+    "cifar10": Recipe(
+        "cifar10", "resnet18", BUDGETED, "paper", 45_000, "Table 2 of the paper: not published in text found."
+    ),
+    "cifar10_resnet20": Recipe(
+        "cifar10", "resnet20", REX, "REX", 45_000, "REX tuned the learning rate for every cell; ours is fixed."
+    ),
+}
+
+
+@lru_cache(maxsize=1)
+def _table() -> dict[tuple[str, ...], Published]:
+    """(task, model, optimizer, schedule, budget, metric) -> Published; `error` is stored as top1 = 1 - error."""
+    table: dict[tuple[str, ...], Published] = {}
+    with TABLE.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            mean, std = float(row["mean"]), float(row["std"]) if row["std"] else None
+            metric = row["metric"]
+            if metric == "error":
+                metric, mean = "top1", round(1.0 - mean, 10)
+            key = (row["task"], row["model"], row["optimizer"], row["schedule"], row["budget"], metric)
+            table.setdefault(key, Published(mean, std, row["source"]))
+    return table
+
+
+def published(task: str, model: str, optimizer: str, schedule: str, budget: str, metric: str) -> Published | None:
+    """The published (mean, std, source) of exactly this cell, named as in published.csv, or None."""
+    return _table().get((task, model, optimizer, schedule, budget, metric))
+
+
+def beside(task: str, optimizer: str, schedule: str, budget: str, metric: str) -> Published | None:
+    """What may stand beside an unaltered run of our task: only numbers of the recipe that the task reproduces."""
+    recipe = RECIPES.get(task)
+    if recipe is None:
+        return None
+    found = published(recipe.task, recipe.model, optimizer, schedule, budget, metric)
+    return found if found and found.source.startswith(recipe.source) else None
+
+
+def withheld(task: str, n_train: int | None) -> str | None:
+    """Why published numbers must not stand beside runs on n_train samples (None = unknown), or None if they may."""
+    recipe = RECIPES.get(task)
+    if recipe is None or n_train is None or n_train >= 0.8 * recipe.n_train:
+        return None
+    return f"Published numbers are withheld: {n_train:,} training samples here, {recipe.n_train:,} in the real data."

@@ -1,0 +1,361 @@
+"""python run.py mode=report: every result under a directory becomes <out>/report/ (page, tables, pictures)."""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import logging
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks import page, plots, tables
+from benchmarks.results import Curve, Entry, clean, read_curve, scan
+from benchmarks.tables import Altered, Grid, Square, Verdict
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+log = logging.getLogger("budgeted")
+DRAWN = 10  # tasks with pictures; every task has its tables
+CURVES = 15  # schedules in the pictures of learning rate and loss
+
+
+@dataclass(slots=True)
+class Survey:
+    """Everything a report says, read once. out: where the runs live."""
+
+    out: Path
+    entries: list[Entry]
+    grids: list[Grid]
+    altered: list[Altered]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Runs by state, and the squares of the grids that no run has filled or begun, times seeds."""
+        states = Counter(e.state for e in self.entries)
+        counts = {state: states[state] for state in page.STATES}
+        counts["missing"] = sum(missing(g, q) for g in self.grids for q in g.squares.values())
+        return counts
+
+    @property
+    def headline(self) -> str:
+        """The answer in one sentence."""
+        return tables.headline(self.grids) if self.entries else f"No runs under {clean(self.out, 120)} yet"
+
+
+def missing(grid: Grid, square: Square) -> int:
+    """Seeds that neither finished nor left a state in this square."""
+    return max(0, len(grid.seeds) - len(square.runs) - sum(square.states.values()))
+
+
+def survey(out: Path) -> Survey:
+    """Reads every run under `out`."""
+    entries = scan(Path(out))
+    return Survey(Path(out), entries, tables.grids(entries), tables.altered(entries))
+
+
+def build(out: Path, found: Survey | None = None) -> Path:
+    """Writes <out>/report/{index.html,table.md,table.csv,*.png} and returns the path of index.html.
+
+    found: what `survey` read, if it is at hand. Existing files are replaced one by one, each atomically.
+    """
+    found = found or survey(out)
+    folder = found.out / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures, skipped = draw(found.grids)
+    for several in pictures.values():
+        for picture in several:
+            _write(folder / f"{picture.name}.png", picture.data)
+    _write(folder / "table.csv", to_csv(found).encode("utf-8", "replace"))
+    _write(folder / "table.md", markdown(found).encode("utf-8", "replace"))
+    _write(folder / "index.html", to_html(found, pictures, skipped).encode("utf-8", "replace"))
+    return folder / "index.html"
+
+
+def _write(path: Path, data: bytes) -> None:
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_bytes(data)
+    os.replace(beside, path)
+
+
+# ---- pictures
+
+
+def draw(grids: Sequence[Grid]) -> tuple[dict[int, list[page.Picture]], int]:
+    """Pictures of the first tasks, by the grid's index, and the count of malformed metrics lines skipped."""
+    drawn: dict[int, list[page.Picture]] = {}
+    bad = 0
+    for index, grid in enumerate(grids):
+        if len(drawn) == DRAWN:
+            break
+        stem = f"{index:02d}-" + (re.sub(r"[^A-Za-z0-9_-]+", "-", grid.title).strip("-")[:40] or "task")
+        curves = sample_curves(grid)
+        bad += sum(curve.bad for curve in curves.values())
+        jobs = _jobs(grid, curves)
+        if several := [page.Picture(f"{stem}-{kind}", draws(data), says) for kind, says, draws, data in jobs]:
+            drawn[index] = several
+    return drawn, bad
+
+
+def _jobs(grid: Grid, curves: dict[str, Curve]) -> Iterator[tuple[str, str, Any, Any]]:
+    """(kind, description, drawing function, data) of every picture that this grid can fill."""
+    budgets = plots.drawable(grid)
+    what = f"{grid.metric} on {grid.title}"
+    if len(budgets) > 1:
+        yield "budget", f"{what} against the budget, a line per schedule", plots.budget_curve, grid
+        if any(tables.compare(grid, s) for s in grid.schedules if s != tables.PAIR[1]):
+            yield "gain", f"{what} above step, paired over seeds", plots.gain_curve, grid
+        if tables.full_value(grid) is not None:
+            yield "relative", f"{what} relative to the full budget", plots.relative_curve, grid
+    if budgets and len(grid.schedules) > 1:
+        yield "heat", f"{what}: schedule by budget", plots.heat_map, grid
+    if curves:
+        yield "lr", f"Learning rate against progress on {grid.title}", plots.rate_curve, curves
+        if any(not math.isnan(v) for c in curves.values() for v in c.loss):
+            yield "loss", f"Training loss against progress on {grid.title}", plots.loss_curve, curves
+
+
+def sample_curves(grid: Grid) -> dict[str, Curve]:
+    """One run per schedule (lowest seed), at the budget most schedules have, the largest of those."""
+
+    def sampled(budget: str) -> list[tuple[str, Path]]:
+        rows = [(s, grid.squares[s, budget].runs) for s in grid.schedules]
+        firsts = [(s, min(runs, key=lambda r: r.cell.seed).path / "metrics.jsonl") for s, runs in rows if runs]
+        return [(s, path) for s, path in firsts if path.is_file()]
+
+    choices = [sampled(budget) for budget in grid.budgets]
+    chosen = max(enumerate(choices), key=lambda item: (len(item[1]), item[0]), default=(0, []))[1]
+    curves = {}
+    for schedule, path in chosen[:CURVES]:
+        try:
+            curves[schedule] = read_curve(path)
+        except OSError as error:
+            log.warning("%s: %s", path, error.strerror)
+    return {s: c for s, c in curves.items() if c.progress}
+
+
+# ---- HTML
+
+
+def to_html(found: Survey, pictures: dict[int, list[page.Picture]], skipped: int = 0) -> str:
+    """The page as text."""
+    verdicts = [v for g in found.grids if g.family == "fraction" and (v := tables.compare(g))]
+    body = [page.masthead(found.headline, _standfirst(found, verdicts), found.counts)]
+    if verdicts:
+        body.append(page.overview(verdicts))
+    body += [page.task_section(grid, pictures.get(i, [])) for i, grid in enumerate(found.grids)]
+    if found.altered:
+        body.append(page.altered_section(found.altered))
+    stopped = [e for e in found.entries if e.state not in ("done", "unreadable")]
+    broken = [e for e in found.entries if e.state == "unreadable"]
+    order = {"failed": 0, "died": 1, "running": 2, "partial": 3}
+    if stopped:
+        intro = "Run the same sweep again to continue these: finished cells are left out."
+        body.append(page.entry_section("Unfinished", intro, sorted(stopped, key=lambda e: order[e.state]), found.out))
+    if broken:
+        body.append(page.entry_section("Unreadable", "These files count nowhere.", broken, found.out))
+    body.append(_colophon(found, skipped, max(0, sum(len(plots.drawable(g)) > 1 for g in found.grids) - DRAWN)))
+    return page.document(f"{found.headline} - Budgeted training", body)
+
+
+def _standfirst(found: Survey, verdicts: Sequence[Verdict]) -> list[str]:
+    if not found.entries:
+        return ["Start with: python run.py -m sweep=smoke"]
+    speaking = [v for v in verdicts if not v.grid.task.endswith("_tiny")] or list(verdicts)
+    known = [d for v in speaking for d in v.differences.values() if not math.isnan(d.low)]
+    if not known:
+        return ["One seed per cell: no interval can be given." if speaking else ""]
+    ahead, behind = sum(d.low > 0 for d in known), sum(d.high < 0 for d in known)
+    line = f"The 95% interval of the paired difference is above zero at {ahead} of {len(known)}"
+    return [line + (f" and below it at {behind}." if behind else ".")]
+
+
+def _colophon(found: Survey, skipped: int, undrawn: int) -> page.Html:
+    lines = [
+        "A difference is taken seed by seed; its interval is Student's t at 95%. Mean ranks count only schedules "
+        "that ran at every budget. A result counts only if its file is whole and agrees with its directory.",
+        "Published numbers stand beside ours only for the unaltered recipe that they belong to.",
+        *(tables.provenance(found.entries) if found.grids else []),
+    ]
+    if skipped:
+        lines.append(f"{skipped:,} malformed lines of metrics.jsonl were skipped.")
+    if undrawn:
+        lines.append(f"Pictures are drawn for the first {DRAWN} tables; {undrawn} more stand without.")
+    return page.tag("section", page.tag("h2", "How to read this"), *[page.tag("p", line, cls="note") for line in lines])
+
+
+# ---- Markdown and CSV
+
+
+def _md(text: object) -> str:
+    """Text for a Markdown cell: no markup, no HTML, no pipe."""
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", html.escape(clean(text, 120), quote=False))
+
+
+def markdown(found: Survey) -> str:
+    """table.md: the headline, then a table per task."""
+    lines = [f"**{_md(found.headline)}**", ""]
+    lines += [", ".join(f"{n:,} {state}" for state, n in found.counts.items() if n), ""]
+    for grid in found.grids:
+        lines += [f"### {_md(grid.title)}: {_md(grid.metric or 'nothing finished')}, {AXIS[grid.family]}", ""]
+        lines.append("| schedule | " + " | ".join(_md(b) for b in grid.budgets) + " |")
+        lines.append("|---|" + "---:|" * len(grid.budgets))
+        best = {b: grid.best(b) for b in grid.budgets}
+        for schedule in grid.schedules:
+            cells = [_md_cell(grid, schedule, b, schedule in best[b]) for b in grid.budgets]
+            lines.append(f"| {_md(schedule)} | " + " | ".join(cells) + " |")
+        if verdict := tables.compare(grid):
+            ahead = [verdict.differences.get(b) for b in grid.budgets]
+            shown = ["—" if d is None else page.signed(d.mean) for d in ahead]
+            lines.append(f"| *{verdict.first} − {verdict.second}* | " + " | ".join(shown) + " |")
+        lines += ["", " ".join(["Percent, mean ± standard deviation over seeds.", *map(_md, page.sources(grid))]), ""]
+    if broken := found.counts["unreadable"]:
+        lines += [f"{broken:,} unreadable results count nowhere; index.html lists them.", ""]
+    return "\n".join(lines)
+
+
+AXIS = {family: axis.removeprefix("budget, ") for family, axis in tables.AXES.items()}
+
+
+def _md_cell(grid: Grid, schedule: str, budget: str, best: bool) -> str:
+    square = grid.squares[schedule, budget]
+    value = page.value_text(square)
+    text = f"**{value}**" if best else value
+    if len(square.values) != len(grid.seeds) or square.states:
+        text += f" ({page.count_text(square, len(grid.seeds))})"
+    beside = page.published_text(square, grid.task)
+    return text + (f"<br>{beside}" if beside else "")
+
+
+COLUMNS = (
+    "task", "altered", "optimizer", "schedule", "budget", "axis", "position", "metric", "reported", "rule", "n",
+    "seeds_expected", "mean", "std", "ci_low", "ci_high", "final_mean", "final_std", "best_mean", "best_std",
+    "best_place", "published_mean", "published_std", "published_source", "train_seconds", "eval_seconds",
+    "data_wait_seconds", "compile_seconds", "samples_per_second", "peak_memory_bytes", "device", "world_size",
+    "n_train", "data_missing", "running", "partial", "died", "failed", "unreadable", "missing",
+)  # fmt: skip
+
+
+def to_csv(found: Survey) -> str:
+    """table.csv: a line per cell and metric, fractions in [0, 1], empty where unknown; times are means over runs."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, COLUMNS, restval="", lineterminator="\n")
+    writer.writeheader()
+    for grid in found.grids:
+        for one in (grid, *tables.secondary(grid)):
+            for schedule, budget in product(one.schedules, one.budgets):
+                writer.writerow(_plain(_csv_row(one, schedule, budget, one is grid)))
+    for group in found.altered:
+        writer.writerow(_plain(_altered_row(group)))
+    return buffer.getvalue()
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    """Empty for unknown numbers; text that a spreadsheet would run as a formula is quoted."""
+
+    def one(value: Any) -> Any:
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            return ""
+        return "'" + value if isinstance(value, str) and value[:1] in ("=", "+", "-", "@") else value
+
+    return {key: one(value) for key, value in row.items()}
+
+
+def _csv_row(grid: Grid, schedule: str, budget: str, reported: bool) -> dict[str, Any]:
+    square = grid.squares[schedule, budget]
+    s, p = square.summary, square.published
+    results = [run.result for run in square.runs if run.result]
+    row: dict[str, Any] = {
+        "task": grid.task, "schedule": schedule, "budget": budget, "optimizer": grid.optimizer,
+        "axis": grid.family, "position": grid.position[budget], "metric": grid.metric,
+        "reported": int(reported), "rule": grid.rule, "n": s.n, "seeds_expected": len(grid.seeds), "mean": s.mean,
+        "std": s.std, "ci_low": s.low, "ci_high": s.high, "missing": missing(grid, square),
+    }  # fmt: skip
+    row |= {state: square.states[state] for state in page.STATES if state != "done"}
+    if p:
+        row |= {"published_mean": p.mean, "published_std": p.std, "published_source": p.source}
+    return row | _csv_metric(results, grid.metric) | _csv_cost(results)
+
+
+def _csv_metric(results: list[dict[str, Any]], metric: str) -> dict[str, Any]:
+    found = [r["metrics"][metric] for r in results if metric in r["metrics"]]
+    row: dict[str, Any] = {}
+    for rule in ("final", "best"):
+        s = tables.summarize([f[rule] for f in found if f[rule] is not None])
+        row |= {f"{rule}_mean": s.mean, f"{rule}_std": s.std}
+    return row
+
+
+def _csv_cost(results: list[dict[str, Any]]) -> dict[str, Any]:
+    def mean(key: str) -> float | None:
+        known = [r[key] for r in results if r[key] is not None]
+        return sum(known) / len(known) if known else None
+
+    times = ("train_seconds", "eval_seconds", "data_wait_seconds", "compile_seconds", "samples_per_second")
+    most = {"peak_memory_bytes": "peak_memory_bytes", "data_missing": "data.missing", "n_train": "data.n_train",
+            "world_size": "world_size"}  # fmt: skip
+    row: dict[str, Any] = {key: mean(key) for key in times}
+    row |= {name: max((r[key] for r in results if r[key] is not None), default=None) for name, key in most.items()}
+    places = [p for r in results if (p := tables.best_place(r)) is not None]
+    row["best_place"] = sum(places) / len(places) if places else None
+    row["device"] = "; ".join(sorted({r["device"] for r in results if r["device"]}))
+    return row
+
+
+def _altered_row(group: Altered) -> dict[str, Any]:
+    result = group.entry.result
+    assert result is not None
+    s, cell = group.square.summary, group.entry.cell
+    metric = result["reported.metric"]
+    return {
+        "task": cell.task, "altered": " ".join(group.signatures) + (f": {group.change}" if group.change else ""),
+        "optimizer": result["optimizer"], "schedule": cell.schedule, "budget": cell.budget, "axis": result["family"],
+        "position": result["budget.fraction"], "metric": metric, "reported": 1, "rule": result["reported.rule"],
+        "n": s.n, "mean": s.mean, "std": s.std, "ci_low": s.low, "ci_high": s.high,
+        **_csv_metric([result], metric), **_csv_cost([result]),
+    }  # fmt: skip
+
+
+# ---- terminal
+
+
+def render_terminal(out: Path, found: Survey | None = None) -> Group:
+    """The headline and a table per task, for rich.print. found: what `survey` read, if it is at hand."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    found = found or survey(out)
+    counts = ", ".join(f"{n:,} {state}" for state, n in found.counts.items() if n)
+    parts: list[Any] = [Text(found.headline, style="bold"), Text(counts, style="dim")]
+    for grid in found.grids:
+        title = f"{grid.title}: {grid.metric or 'nothing finished'}, %, {AXIS[grid.family]}"
+        table = Table(box=None, header_style="dim", pad_edge=False)
+        table.add_column("schedule")
+        for budget in grid.budgets:
+            table.add_column(Text(budget), justify="right")
+        best = {b: grid.best(b) for b in grid.budgets}
+        for schedule in grid.schedules:
+            cells = [_terminal_cell(grid, schedule, b, schedule in best[b]) for b in grid.budgets]
+            table.add_row(Text(schedule), *cells)
+        parts += [Text(""), Text(title, style="italic"), table]
+    return Group(*parts)
+
+
+def _terminal_cell(grid: Grid, schedule: str, budget: str, best: bool) -> Any:
+    from rich.text import Text
+
+    square = grid.squares[schedule, budget]
+    text = Text(page.value_text(square), style="bold" if best else "")
+    if len(square.values) != len(grid.seeds) or square.states:
+        text.append(f" {page.count_text(square, len(grid.seeds))}", style="yellow")
+    beside = page.published_text(square, grid.task)
+    return text.append(f"\n{beside}", style="dim") if beside else text

@@ -1,0 +1,177 @@
+"""python run.py mode=status: the state of every cell under a directory, as plain rows and as a terminal table."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.results import Entry, clean, last_step, scan
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+Row = dict[str, Any]
+STATES = ("failed", "died", "unreadable", "running", "partial", "done")
+COLOURS = {
+    "failed": "bold red",
+    "died": "red",
+    "unreadable": "red",
+    "running": "cyan",
+    "partial": "yellow",
+    "done": "green",
+}
+SHOWN = 200  # unfinished cells shown one by one
+FOLD = 40  # with more finished cells than this, they are shown as one line per task and schedule
+
+
+def rows(out: Path) -> list[Row]:
+    """A row per run directory under `out`: task, schedule, budget, seed, suffix, state, step, total, rate, eta, ...
+
+    rate: samples per second; eta: seconds; value: the reported metric as a fraction; unknown ones are None.
+    `died` is a run whose state says running though its process on this host is gone.
+    """
+    return [_row(entry) for entry in scan(Path(out))]
+
+
+def _row(entry: Entry) -> Row:
+    cell, result, progress = entry.cell, entry.result, entry.progress
+    row: Row = {
+        "task": cell.task, "schedule": cell.schedule, "budget": cell.budget, "suffix": cell.suffix,
+        "seed": cell.seed if cell.seed >= 0 else None, "state": entry.state, "path": entry.path, "note": entry.note,
+        "step": progress.get("step"), "total": progress.get("total"), "progress": progress.get("progress"),
+        "rate": progress.get("samples_per_second"), "eta": progress.get("eta_seconds"), "job": progress.get("job"),
+        "metric": None, "value": None,
+    }  # fmt: skip
+    if result:
+        row |= {"step": result["iterations_done"], "total": result["iterations_done"], "progress": 1.0}
+        row |= {
+            "rate": result["samples_per_second"],
+            "metric": result["reported.metric"],
+            "value": result["reported.value"],
+        }
+    elif entry.state in ("running", "died") and (step := last_step(entry.path / "metrics.jsonl")) is not None:
+        row["step"] = max(row["step"] or 0, step + 1)
+    if row["step"] is not None and row["total"]:
+        row["progress"] = min(1.0, row["step"] / row["total"])
+    return row
+
+
+def duration(seconds: float | None) -> str:
+    """'40s', '12m', '5h07', '3d04h'; '' for None."""
+    if seconds is None:
+        return ""
+    s = round(seconds)
+    if s < 100:
+        return f"{s}s"
+    if s < 6000:
+        return f"{round(s / 60)}m"
+    return f"{s // 3600}h{s % 3600 // 60:02d}" if s < 48 * 3600 else f"{s // 86400}d{s % 86400 // 3600:02d}h"
+
+
+def render(found: Sequence[Row]) -> Group:
+    """A summary line, the unfinished cells (worst first), the finished ones (folded where they are many)."""
+    from rich.console import Group
+    from rich.text import Text
+
+    counts = Counter(row["state"] for row in found)
+    head = Text()
+    for state in reversed(STATES):
+        if counts[state]:
+            head.append(f"{counts[state]:,} {state}   ", style=COLOURS[state])
+    if not found:
+        head.append("no runs yet; start with: python run.py -m sweep=smoke")
+    unfinished = sorted((r for r in found if r["state"] != "done"), key=lambda r: STATES.index(r["state"]))
+    finished = [r for r in found if r["state"] == "done"]
+    parts: list[Any] = [head]
+    if unfinished:
+        parts.append(_cells(unfinished[:SHOWN]))
+    if len(unfinished) > SHOWN:
+        parts.append(Text(f"and {len(unfinished) - SHOWN:,} more unfinished", style="dim"))
+    if finished:
+        parts.append(_cells(finished) if len(finished) <= FOLD else _folded(finished))
+    return Group(*parts)
+
+
+def _table(*columns: str, right: Sequence[str] = ()) -> Any:
+    from rich.table import Table
+
+    table = Table(box=None, header_style="dim", pad_edge=False, title_justify="left")
+    for name in columns:
+        table.add_column(
+            name, justify="right" if name in right else "left", overflow="fold" if name == "" else "ellipsis"
+        )
+    return table
+
+
+def _cells(found: Sequence[Row]) -> Any:
+    from rich.text import Text
+
+    right = ("seed", "step", "samples/s", "left")
+    table = _table(
+        "task", "schedule", "budget", "seed", "state", "", "step", "samples/s", "left", "result or reason", right=right
+    )
+    for r in found:
+        seed = "?" if r["seed"] is None else f"{r['seed']}" + (f"-{r['suffix']}" if r["suffix"] else "")
+        names = [Text(clean(r[key], 40)) for key in ("task", "schedule", "budget")]
+        state = Text(r["state"], style=COLOURS[r["state"]])
+        rate = "" if r["rate"] is None else f"{r['rate']:,.1f}"
+        left = duration(r["eta"]) if r["state"] == "running" else ""
+        table.add_row(*names, seed, state, _bar(r), _steps(r), rate, left, _outcome(r))
+    return table
+
+
+def _bar(row: Row, width: int = 12) -> Any:
+    from rich.text import Text
+
+    if row["progress"] is None:
+        return Text("")
+    full = round(width * min(1.0, row["progress"]))
+    return Text("━" * full, style=COLOURS[row["state"]]).append("━" * (width - full), style="bright_black")
+
+
+def _steps(row: Row) -> str:
+    if row["step"] is None:
+        return ""
+    if row["state"] == "done" or not row["total"]:
+        return f"{row['step']:,}"
+    return f"{row['step']:,} of {row['total']:,}"
+
+
+def _outcome(row: Row) -> Any:
+    from rich.text import Text
+
+    if row["state"] == "done":
+        return Text(f"{row['metric']} {100 * row['value']:.2f}%")
+    job = f"job {row['job']}" if row["job"] and row["state"] == "running" else ""
+    return Text(clean(row["note"] or job, 120))
+
+
+def _folded(found: Sequence[Row]) -> Any:
+    """A line per task and schedule (per task where that is too many): how many runs are finished at each budget."""
+    from rich.text import Text
+
+    by_schedule = len({(r["task"], r["schedule"]) for r in found}) <= FOLD
+    groups: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+    schedules: dict[str, set[str]] = defaultdict(set)
+    for r in found:
+        schedules[r["task"]].add(r["schedule"])
+        groups[r["task"], r["schedule"] if by_schedule else ""][r["budget"]] += 1
+    table = _table("task", "schedule", "done", "runs finished at each budget", right=("done",))
+    for (task, schedule), budgets in groups.items():
+        spread = "  ".join(
+            f"{clean(b, 20)} \u00d7{n}" for b, n in sorted(budgets.items(), key=lambda item: _size(item[0]))
+        )
+        name = clean(schedule, 40) if by_schedule else f"{len(schedules[task])} of them"
+        table.add_row(Text(clean(task, 40)), Text(name), f"{sum(budgets.values()):,}", Text(spread))
+    return table
+
+
+def _size(budget: str) -> tuple[str, float, str]:
+    """Sorting key: by unit, then by number."""
+    number = budget.rstrip("%abcdefghijklmnopqrstuvwxyz")
+    try:
+        return budget[len(number) :], float(number), budget
+    except ValueError:
+        return "", 0.0, budget

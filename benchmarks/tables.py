@@ -1,0 +1,463 @@
+"""From entries to tables: grids of schedule x budget, comparisons, sentences, costs. Pure: no drawing, no HTML."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks.published import RECIPES, Published, beside, withheld
+from benchmarks.results import BadFile, Entry, amount, clean
+from benchmarks.statistics import Summary, mean_ranks, paired, summarize
+
+PAIR = ("linear", "step")  # the comparison of the paper
+ORDER = (
+    "linear", "step", "constant", "exp", "poly", "cosine", "htd", "inverse", "rex", "onecycle",
+    "knee", "wsd", "sgdr", "uba", "refined",
+)  # fmt: skip
+CONF = Path(__file__).parent.parent / "conf"
+AXES = {
+    "fraction": "budget, share of the full run",
+    "clock": "budget, training minutes",
+    "gpuh": "budget, GPU-hours",
+    "flop": "budget, training FLOPs",
+}
+
+
+@dataclass(slots=True)
+class Square:
+    """The runs of one schedule at one budget. values: seed -> metric; states: count of the unfinished by state."""
+
+    values: dict[int, float] = field(default_factory=dict)
+    runs: list[Entry] = field(default_factory=list)
+    states: Counter[str] = field(default_factory=Counter)
+    summary: Summary = summarize(())
+    published: Published | None = None
+
+
+@dataclass(slots=True)
+class Grid:
+    """One metric of one recipe: squares[schedule, budget]. metric is "" while no run is finished."""
+
+    task: str
+    optimizer: str
+    metric: str
+    rule: str
+    family: str  # fraction, clock, gpuh or flop: the axis the budgets lie on
+    schedules: list[str]  # best first, then those with gaps
+    budgets: list[str]  # as written, smallest first
+    position: dict[str, float]  # budget -> place on the axis, NaN if no run says
+    seeds: list[int]  # the union over all squares
+    squares: dict[tuple[str, str], Square]
+    note: str = ""
+    optimizers: int = 1  # how many optimizers this task has
+
+    @property
+    def title(self) -> str:
+        """Name for a heading."""
+        return self.task + (f" · {self.optimizer}" if self.optimizers > 1 else "")
+
+    def means(self) -> np.ndarray:
+        """Mean over seeds, shape (schedules, budgets), NaN where missing."""
+        rows = [[self.squares[s, b].summary.mean for b in self.budgets] for s in self.schedules]
+        return np.array(rows, dtype=float).reshape(len(self.schedules), len(self.budgets))
+
+    def best(self, budget: str) -> set[str]:
+        """The schedules with the highest mean at this budget; empty if fewer than two have one."""
+        means = {s: m for s in self.schedules if not math.isnan(m := self.squares[s, budget].summary.mean)}
+        return {s for s, m in means.items() if m == max(means.values())} if len(means) > 1 else set()
+
+
+# ---- grids
+
+
+def grids(entries: Iterable[Entry]) -> list[Grid]:
+    """The grids of the reported metrics of all unaltered runs; tasks with real data first, then by name."""
+    by_task: dict[str, list[Entry]] = defaultdict(list)
+    for entry in entries:
+        if not entry.cell.suffix and entry.cell.seed >= 0:
+            by_task[entry.cell.task].append(entry)
+    made = []
+    for task in sorted(by_task, key=_place):
+        made += _task_grids(task, by_task[task])
+    return made
+
+
+def _place(task: str) -> tuple[bool, int, str]:
+    """Sorting key: real data before tiny, the paper's tasks in its order, then by name."""
+    known = list(RECIPES)
+    return (task.endswith("_tiny"), known.index(task) if task in known else len(known), task)
+
+
+def _recipe(entry: Entry) -> tuple[str, str, str]:
+    result = entry.result
+    return (result["optimizer"], result["reported.metric"], result["reported.rule"]) if result else ("", "", "")
+
+
+def _task_grids(task: str, entries: list[Entry]) -> list[Grid]:
+    """One grid per recipe and axis; unfinished runs, whose recipe is not known, go with the most common one."""
+    recipes = Counter(_recipe(e) for e in entries if e.result)
+    common = recipes.most_common(1)[0][0] if recipes else ("", "", "")
+    parts: dict[tuple[Any, ...], list[Entry]] = defaultdict(list)
+    for entry in entries:
+        try:
+            family, _ = amount(entry.cell.budget)
+        except BadFile:
+            continue
+        parts[(_recipe(entry) if entry.result else common), family].append(entry)
+    order = sorted(parts, key=lambda k: (-recipes[k[0]], list(AXES).index(k[1]), k[0]))
+    made = [_grid(task, recipe, family, parts[recipe, family]) for recipe, family in order]
+    for grid in made:
+        grid.optimizers = len({optimizer for optimizer, _, _ in recipes})
+    return made
+
+
+def _grid(task: str, recipe: tuple[str, str, str], family: str, entries: list[Entry]) -> Grid:
+    optimizer, metric, rule = recipe
+    squares: dict[tuple[str, str], Square] = defaultdict(Square)
+    for entry in entries:
+        square = squares[entry.cell.schedule, entry.cell.budget]
+        if entry.result:
+            square.runs.append(entry)
+            value = entry.result["metrics"].get(metric, {}).get(rule)
+            if value is not None:
+                square.values[entry.cell.seed] = value
+        else:
+            square.states[entry.state] += 1
+    position = _positions({b for _, b in squares}, entries, family)
+    budgets = sorted(position, key=lambda b: (math.isnan(position[b]), position[b], b))
+    schedules = sorted({s for s, _ in squares}, key=_known)
+    sizes = [n for e in entries if e.result and (n := e.result["data.n_train"]) is not None]
+    note = withheld(task, min(sizes, default=None)) or ""
+    for schedule in schedules:
+        for budget in budgets:
+            square = squares[schedule, budget]
+            square.summary = summarize(list(square.values.values()))
+            if family == "fraction" and not note:
+                square.published = beside(task, optimizer, schedule, budget, metric)
+    seeds = sorted({e.cell.seed for e in entries if e.state != "unreadable"})
+    grid = Grid(task, optimizer, metric, rule, family, schedules, budgets, position, seeds, dict(squares), note)
+    grid.schedules = _by_rank(grid)
+    return grid
+
+
+def _known(schedule: str) -> tuple[int, str]:
+    return (ORDER.index(schedule) if schedule in ORDER else len(ORDER), schedule)
+
+
+def _by_rank(grid: Grid) -> list[str]:
+    mean_rank = dict(zip(grid.schedules, mean_ranks(grid.means()), strict=True))
+    return sorted(grid.schedules, key=lambda s: (math.isnan(r := mean_rank[s]), 0 if math.isnan(r) else r, _known(s)))
+
+
+def _positions(budgets: set[str], entries: list[Entry], family: str) -> dict[str, float]:
+    """Budget -> place on its axis: the amount as written; for it, ep, im the fraction that a run recorded."""
+    position = {b: amount(b)[1] for b in budgets}
+    for entry in entries:
+        if entry.result and math.isnan(position[entry.cell.budget]):
+            position[entry.cell.budget] = entry.result["budget.fraction"]
+    return position
+
+
+def secondary(grid: Grid) -> list[Grid]:
+    """The same grid for each other metric of its runs, by the same rule."""
+    runs = [run for square in grid.squares.values() for run in square.runs]
+    names = sorted({name for run in runs if run.result for name in run.result["metrics"]} - {grid.metric})
+    made = [_grid(grid.task, (grid.optimizer, name, grid.rule), grid.family, runs) for name in names]
+    for other in made:
+        other.optimizers = grid.optimizers
+    return [g for g in made if any(s.values for s in g.squares.values())]
+
+
+# ---- comparison and sentences
+
+
+class Verdict(NamedTuple):
+    """Two schedules on one grid. differences: budget -> paired Summary (fractions), where seeds are shared."""
+
+    grid: Grid
+    first: str
+    second: str
+    differences: dict[str, Summary]
+
+    @property
+    def wins(self) -> int:
+        """Budgets where the first has the higher mean."""
+        return sum(d.mean > 0 for d in self.differences.values())
+
+    @property
+    def losses(self) -> int:
+        """Budgets where the second has the higher mean."""
+        return sum(d.mean < 0 for d in self.differences.values())
+
+    @property
+    def mean(self) -> float:
+        """Mean over budgets of the difference."""
+        return float(np.mean([d.mean for d in self.differences.values()]))
+
+
+def compare(grid: Grid, first: str = PAIR[0], second: str = PAIR[1]) -> Verdict | None:
+    """The paired comparison, or None where the two share no seed at any budget."""
+    found = {}
+    for budget in grid.budgets:
+        a, b = grid.squares.get((first, budget)), grid.squares.get((second, budget))
+        if a and b and a.values.keys() & b.values.keys():
+            found[budget] = paired(a.values, b.values)
+    return Verdict(grid, first, second, found) if found else None
+
+
+def points(value: float) -> str:
+    """A difference of fractions as text, in percentage points."""
+    return f"{100 * value:+.1f} pp".replace("-", "\u2212")
+
+
+def _span(numbers: Sequence[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return f"{low}" if low == high else f"{low}\u2013{high}"
+
+
+def sentence(verdicts: Sequence[Verdict]) -> str:
+    """The answer in one line: who wins at how many budgets, by how much, from how many seeds."""
+    first, second = verdicts[0].first, verdicts[0].second
+    wins, losses = sum(v.wins for v in verdicts), sum(v.losses for v in verdicts)
+    total = sum(len(v.differences) for v in verdicts)
+    mean = float(np.mean([d.mean for v in verdicts for d in v.differences.values()]))
+    n = _span([d.n for v in verdicts for d in v.differences.values()])
+    if losses > wins:
+        first, second, wins, losses, mean = second, first, losses, wins, -mean
+    tasks = len({v.grid.task for v in verdicts})
+    where = f"on {verdicts[0].grid.title}" if tasks == 1 else f"over {tasks} tasks"
+    things = "budget" if tasks == 1 else "task-budget pair"
+    counted = f"{wins} of {total} {things}{'s' if total != 1 else ''}"
+    detail = f"(mean {points(mean)}, n={n})"
+    if wins == losses:
+        return (
+            f"{first} and {second} are level {where}: each ahead at {counted} (mean {points(mean)} for {first}, n={n})"
+        )
+    return f"{first} beats {second} at {counted} {where} {detail}"
+
+
+def headline(all_grids: Sequence[Grid]) -> str:
+    """One sentence from the data: linear against step where both ran, else the best schedule; paper tasks first."""
+    for chosen in _preferred(all_grids):
+        if verdicts := [v for g in chosen if (v := compare(g))]:
+            return sentence(verdicts)
+    for chosen in _preferred(all_grids):
+        for grid in chosen:
+            if text := leader(grid):
+                return text
+    finished = sum(len(s.runs) for g in all_grids for s in g.squares.values())
+    return f"{finished} finished run{'s' if finished != 1 else ''}: not enough to compare schedules yet"
+
+
+def _preferred(all_grids: Sequence[Grid]) -> list[list[Grid]]:
+    """Groups of grids in the order in which they may speak: real tasks by fraction, tiny ones, other axes."""
+    real = [g for g in all_grids if g.family == "fraction" and not g.task.endswith("_tiny")]
+    tiny = [g for g in all_grids if g.family == "fraction" and g.task.endswith("_tiny")]
+    return [real, tiny, [g for g in all_grids if g.family != "fraction"]]
+
+
+def leader(grid: Grid) -> str:
+    """Who is best at how many budgets, "" where nothing can be compared."""
+    wins = Counter(s for b in grid.budgets for s in grid.best(b))
+    contested = sum(bool(grid.best(b)) for b in grid.budgets)
+    if not wins:
+        return ""
+    name, count = min(wins.items(), key=lambda item: (-item[1], _known(item[0])))
+    n = _span([q.summary.n for q in grid.squares.values() if q.summary.n])
+    return f"{name} is best at {count} of {contested} budget{'s' if contested != 1 else ''} on {grid.title} (n={n})"
+
+
+def ranking(grid: Grid) -> str:
+    """The three schedules with the best mean rank, "" with fewer than three complete ones."""
+    mean_rank = mean_ranks(grid.means())
+    complete = [(r, s) for r, s in zip(mean_rank, grid.schedules, strict=True) if not math.isnan(r)]
+    if len(complete) < 3:
+        return ""
+    names = ", ".join(f"{s} {r:.1f}" for r, s in complete[:3])
+    return f"Best mean rank of {len(complete)} schedules: {names}."
+
+
+def reach(grid: Grid, schedule: str = PAIR[0], share: float = 0.9) -> str:
+    """The smallest budget at which the schedule reaches `share` of the best full-budget mean, "" if unknown."""
+    full = full_value(grid)
+    if full is None or (schedule, grid.budgets[0]) not in grid.squares:
+        return ""
+    for budget in grid.budgets:
+        mean = grid.squares[schedule, budget].summary.mean
+        if mean >= share * full and grid.position[budget] < 1:
+            part = f"{100 * mean / full:.0f}%"
+            return f"With {schedule}, {budget} of the budget reaches {part} of the full-budget {grid.metric}."
+    return ""
+
+
+def full_value(grid: Grid) -> float | None:
+    """The best mean over schedules at the full budget; None where nothing ran in full."""
+    full = [b for b in grid.budgets if grid.family == "fraction" and abs(grid.position[b] - 1) < 1e-9]
+    means = [m for b in full for s in grid.schedules if not math.isnan(m := grid.squares[s, b].summary.mean)]
+    return max(means) if means and max(means) > 0 else None
+
+
+# ---- cost and provenance
+
+
+def costs(grid: Grid) -> list[dict[str, Any]]:
+    """Per budget, medians over its runs: seconds, samples per second, memory, and what ran on what."""
+    rows = []
+    for budget in grid.budgets:
+        runs = [r.result for s in grid.schedules for r in grid.squares[s, budget].runs if r.result]
+        if runs:
+            rows.append({"budget": budget, "runs": len(runs), **_cost(runs)})
+    return rows
+
+
+def _cost(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    def median(key: str) -> float | None:
+        known = [r[key] for r in runs if r[key] is not None]
+        return float(np.median(known)) if known else None
+
+    train, wait = median("train_seconds"), median("data_wait_seconds")
+    memory = [r["peak_memory_bytes"] for r in runs if r["peak_memory_bytes"] is not None]
+    places = [p for r in runs if (p := best_place(r)) is not None]
+    return {
+        "train_seconds": train,
+        "eval_seconds": median("eval_seconds"),
+        "data_wait": wait / train if wait is not None and train else None,
+        "compile_seconds": median("compile_seconds"),
+        "samples_per_second": median("samples_per_second"),
+        "peak_memory_bytes": max(memory, default=None),
+        "devices": sorted({_device(r) for r in runs}),
+        "missing": max((r["data.missing"] or 0 for r in runs), default=0),
+        "resumed": sum(r["resumed"] or 0 for r in runs),
+        "skipped": sum(r["skipped_updates"] or 0 for r in runs),
+        "best_place": float(np.median(places)) if places else None,
+    }
+
+
+def _device(result: dict[str, Any]) -> str:
+    size = result["world_size"] or 1
+    return (result["device"] or "?") + (f" \u00d7{size}" if size > 1 else "")
+
+
+def best_place(result: dict[str, Any]) -> float | None:
+    """Share of the run at which the best value of the reported metric was seen (Table 4 of the paper)."""
+    step = result["metrics"][result["reported.metric"]]["best_step"]
+    return None if step is None or not result["iterations_done"] else min(1.0, (step + 1) / result["iterations_done"])
+
+
+def provenance(entries: Iterable[Entry]) -> list[str]:
+    """What made the finished runs: commits, versions and the time span, as sentences."""
+    runs = [e.result for e in entries if e.result]
+    commits = sorted({(r["git.commit"] or "unknown")[:10] for r in runs})
+    dirty = sum(bool(r["git.dirty"]) for r in runs)
+    versions: dict[str, set[str]] = defaultdict(set)
+    for run in runs:
+        for name, version in run["versions"].items():
+            versions[name].add(version)
+    lines = [f"Code: {', '.join(commits[:5])}{' …' if len(commits) > 5 else ''}; {dirty} runs from a changed tree."]
+    if versions:
+        lines.append(
+            "Versions: " + ", ".join(f"{n} {'/'.join(sorted(v)[:4])}" for n, v in sorted(versions.items())) + "."
+        )
+    ends = sorted(r["finished"] for r in runs if r["finished"])
+    return [*lines, f"Finished between {ends[0]} and {ends[-1]}."] if ends else lines
+
+
+# ---- altered recipes
+
+
+@dataclass(slots=True)
+class Altered:
+    """Runs of one altered recipe and cell, pooled over seeds. change: what departs from the named recipe."""
+
+    entry: Entry
+    square: Square
+    signatures: list[str]
+    change: str
+
+
+def altered(entries: Iterable[Entry], configs: int = 2000) -> list[Altered]:
+    """Runs whose directory has a suffix, grouped by their configuration without the seed, else by signature.
+
+    At most `configs` configurations are read; a signature covers the seed, so the rest stands one by one.
+    """
+    groups: dict[tuple[str, ...], Altered] = {}
+    read = 0
+    for entry in entries:
+        if not entry.cell.suffix or not entry.result:
+            continue
+        read += 1
+        leaves = _config(entry.path / "config.yaml") if read <= configs else {}
+        text = json.dumps(leaves, sort_keys=True) if leaves else entry.cell.suffix
+        key = (*entry.cell[:3], hashlib.sha256(text.encode()).hexdigest())
+        if key not in groups:
+            groups[key] = Altered(entry, Square(), [], _change(leaves, entry))
+        group = groups[key]
+        group.square.values[entry.cell.seed] = entry.result["reported.value"]
+        group.signatures.append(entry.cell.suffix)
+    for group in groups.values():
+        group.square.summary = summarize(list(group.square.values.values()))
+    return list(groups.values())
+
+
+def _config(path: Path) -> dict[str, str]:
+    """Leaves of a resolved config.yaml that affect the result, dotted, as text; {} if it cannot be read."""
+    import yaml
+
+    try:
+        if path.stat().st_size > 100_000:
+            return {}
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        return {}
+    leaves = _leaves(data)
+    kept = ("task.", "schedule.", "budget.", "optimizer.")
+    return {k: v for k, v in leaves.items() if k.startswith(kept) or k in ("precision", "hold", "data.subset")}
+
+
+def _leaves(data: object, prefix: str = "", depth: int = 6) -> dict[str, str]:
+    if not isinstance(data, dict) or depth == 0:
+        return {prefix: clean(data, 80)}
+    found: dict[str, str] = {}
+    for key, value in list(data.items())[:200]:
+        found |= _leaves(value, f"{prefix}.{clean(key, 40)}" if prefix else clean(key, 40), depth - 1)
+    return found
+
+
+@lru_cache(maxsize=256)
+def _named(group: str, name: str) -> tuple[tuple[str, str], ...]:
+    """Leaves of a file of conf/, as (dotted key, text) pairs."""
+    if not name.replace("_", "").replace("-", "").isalnum():
+        return ()
+    path = CONF / group / f"{name}.yaml"
+    leaves = _config(path) if group == "task" else {f"{group}.{k}": v for k, v in _raw(path).items()}
+    return tuple((k, v) for k, v in leaves.items() if "${" not in v)
+
+
+def _raw(path: Path) -> dict[str, str]:
+    import yaml
+
+    try:
+        return _leaves(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+
+
+def _change(leaves: dict[str, str], entry: Entry) -> str:
+    """What departs from the files in conf/, e.g. 'task.lr 0.2 (0.1)'; "" if nothing readable does."""
+    cell = entry.cell
+    base = dict(_named("task", cell.task)) | dict(_named("schedule", cell.schedule))
+    base |= {"precision": "fp32", "hold": "None", "data.subset": "None"}
+    parts = [f"{k} {v} ({base[k]})" for k, v in leaves.items() if k in base and v != base[k] and v]
+    if entry.result and (name := entry.result["optimizer"]) != "sgd":
+        parts.append(f"optimizer {name}")
+    return clean(", ".join(parts), 200)

@@ -1,0 +1,464 @@
+"""The report and the status: what counts, what is shown, what is escaped, how long it takes."""
+
+import csv
+import io
+import json
+import os
+import random
+import resource
+import shutil
+import socket
+import subprocess
+import time
+from html.parser import HTMLParser
+
+import pytest
+from rich.console import Console
+
+from benchmarks import plots, report, status, tables
+from benchmarks.make_results import make, record, write_run
+from benchmarks.results import BadFile, amount, clean, last_step, read_curve, scan
+
+HERE = socket.gethostname()
+
+
+def run(task, schedule, budget, seed, value, suffix="", **more):
+    """A result.json with this reported value."""
+    data = record(task, schedule, budget, seed, suffix or "abc123", random.Random(0))
+    metric = data["reported"]["metric"]
+    data["metrics"][metric] |= {"final": value, "best": value}
+    data["reported"]["value"] = value
+    return data | more
+
+
+def put(out, *args, suffix="", **more):
+    return write_run(out, run(*args, suffix=suffix, **more), suffix)
+
+
+def state(out, cell, **fields):
+    path = out / cell
+    path.mkdir(parents=True)
+    base = {"state": "running", "step": 5, "total": 10, "error": None, "host": HERE, "pid": os.getpid(), "job": None}
+    (path / "state.json").write_text(json.dumps(base | fields))
+    return path
+
+
+def text(renderable, width=160):
+    console = Console(width=width, file=io.StringIO())
+    console.print(renderable)
+    return console.file.getvalue()
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """linear against step on imagenet: +2 points at 5%, -1 at 100%, three seeds."""
+    for seed, shift in enumerate((-0.01, 0.0, 0.01)):
+        put(tmp_path, "imagenet", "linear", "5%", seed, 0.52 + shift)
+        put(tmp_path, "imagenet", "step", "5%", seed, 0.50 + shift)
+        put(tmp_path, "imagenet", "linear", "100%", seed, 0.69 + 2 * shift)
+        put(tmp_path, "imagenet", "step", "100%", seed, 0.70 + shift)
+    return tmp_path
+
+
+# ---- numbers
+
+
+def test_grid_against_literals(pair):
+    (grid,) = tables.grids(scan(pair))
+    assert (grid.metric, grid.rule, grid.budgets, grid.seeds) == ("top1", "best", ["5%", "100%"], [0, 1, 2])
+    square = grid.squares["linear", "5%"].summary
+    assert (square.n, round(square.mean, 9), round(square.std, 9)) == (3, 0.52, 0.01)
+    assert grid.best("5%") == {"linear"} and grid.best("100%") == {"step"}
+    verdict = tables.compare(grid)
+    assert (verdict.wins, verdict.losses, round(verdict.mean, 9)) == (1, 1, 0.005)
+    assert round(verdict.differences["100%"].std, 9) == 0.01
+
+
+def test_headline_counts_budgets(pair):
+    shutil.rmtree(pair / "imagenet" / "step" / "100%")
+    found = report.survey(pair)
+    assert found.headline == "linear beats step at 1 of 1 budget on imagenet (mean +2.0 pp, n=3)"
+    put(pair, "imagenet", "step", "100%", 0, 0.5)
+    assert report.survey(pair).headline == "linear beats step at 2 of 2 budgets on imagenet (mean +9.5 pp, n=1–3)"
+    put(pair, "imagenet", "linear", "10%", 0, 0.5)
+    put(pair, "imagenet", "step", "10%", 0, 0.4)
+    put(pair, "coco", "step", "10%", 0, 0.4)
+    put(pair, "coco", "linear", "10%", 0, 0.1)
+    assert report.survey(pair).headline.startswith("linear beats step at 3 of 4 task-budget pairs over 2 tasks")
+
+
+def test_headline_when_step_is_ahead_or_absent(tmp_path):
+    put(tmp_path, "coco", "step", "10%", 0, 0.4)
+    put(tmp_path, "coco", "linear", "10%", 0, 0.1)
+    assert report.survey(tmp_path).headline == "step beats linear at 1 of 1 budget on coco (mean +30.0 pp, n=1)"
+    shutil.rmtree(tmp_path / "coco" / "step")
+    put(tmp_path, "coco", "rex", "10%", 0, 0.2)
+    assert report.survey(tmp_path).headline == "rex is best at 1 of 1 budget on coco (n=1)"
+
+
+def test_real_tasks_speak_before_tiny_ones(pair):
+    put(pair, "imagenet_tiny", "linear", "5%", 0, 0.1)
+    put(pair, "imagenet_tiny", "step", "5%", 0, 0.9)
+    assert "tiny" not in report.survey(pair).headline
+
+
+def test_budgets_sort_by_share_and_clocks_stand_apart(tmp_path):
+    for budget, fraction in (("100%", 1.0), ("900it", 0.02), ("5%", 0.05), ("1%", 0.01)):
+        data = run("imagenet", "linear", budget if budget[-1] == "%" else "1%", 0, 0.5)
+        data["budget"] = {"amount": budget, "fraction": fraction, "iterations": None, "full_iterations": None}
+        write_run(tmp_path, data)
+    for budget in ("2h", "45min", "8gpuh"):
+        data = run("imagenet", "linear", "1%", 0, 0.5)
+        data["budget"] = {"amount": budget, "fraction": 0.3, "iterations": 7, "full_iterations": 70}
+        write_run(tmp_path, data)
+    found = tables.grids(scan(tmp_path))
+    assert [(g.family, g.budgets) for g in found] == [
+        ("fraction", ["1%", "900it", "5%", "100%"]),
+        ("clock", ["45min", "2h"]),
+        ("gpuh", ["8gpuh"]),
+    ]
+
+
+@pytest.mark.parametrize(
+    "written, meant",
+    [("5%", ("fraction", 0.05)), ("45min", ("clock", 45)), ("1.5h", ("clock", 90)), ("3e17flop", ("flop", 3e17))],
+)
+def test_amounts(written, meant):
+    assert amount(written) == meant
+
+
+@pytest.mark.parametrize("written", ["", "5", "%", "-5%", "5 parsecs", "../5%", "nan%"])
+def test_what_is_no_amount(written):
+    with pytest.raises(BadFile):
+        amount(written)
+
+
+def test_published_numbers_stand_only_beside_the_paper_s_recipe(pair):
+    put(pair, "imagenet", "linear", "10%", 0, 0.6, suffix="0a1b2c")
+    put(pair, "imagenet_tiny", "linear", "5%", 0, 0.5)
+    squares = {g.task: g.squares for g in tables.grids(scan(pair))}
+    assert squares["imagenet"]["linear", "5%"].published[:2] == (0.5726, 0.0024)
+    assert ("linear", "10%") not in squares["imagenet"]
+    assert squares["imagenet_tiny"]["linear", "5%"].published is None
+
+
+def test_published_numbers_are_withheld_on_other_data(tmp_path):
+    data = run("imagenet", "linear", "5%", 0, 0.5)
+    data["data"]["n_train"] = 500
+    write_run(tmp_path, data)
+    (grid,) = tables.grids(scan(tmp_path))
+    assert grid.squares["linear", "5%"].published is None
+    assert "500 training samples" in grid.note
+
+
+def test_altered_recipes_are_pooled_over_seeds_only(tmp_path):
+    for seed, lr in ((0, 0.2), (1, 0.2), (2, 0.3)):
+        path = put(tmp_path, "imagenet", "linear", "10%", seed, 0.5 + seed / 100, suffix=f"aaaaa{seed}")
+        (path / "config.yaml").write_text(
+            f"seed: {seed}\nout: /x\nprecision: fp32\ntask: {{name: imagenet, lr: {lr}}}\n"
+        )
+    groups = tables.altered(scan(tmp_path))
+    assert [(g.signatures, round(g.square.summary.mean, 9)) for g in groups] == [
+        (["aaaaa0", "aaaaa1"], 0.505),
+        (["aaaaa2"], 0.52),
+    ]
+    assert groups[0].change == "task.lr 0.2 (0.1)"
+    assert tables.grids(scan(tmp_path)) == []
+
+
+def test_best_place_is_the_share_of_the_run(tmp_path):
+    data = run("imagenet", "step", "10%", 0, 0.5)
+    data["metrics"]["top1"]["best_step"] = data["iterations_done"] // 2 - 1
+    write_run(tmp_path, data)
+    (grid,) = tables.grids(scan(tmp_path))
+    assert tables.costs(grid)[0]["best_place"] == 0.5
+
+
+# ---- what counts
+
+
+def edit(path, change):
+    data = json.loads((path / "result.json").read_text())
+    change(data)
+    (path / "result.json").write_text(json.dumps(data))
+
+
+HOSTILE = {
+    "bool for a number": lambda d: d["reported"].update(value=True),
+    "text for a number": lambda d: d.update(train_seconds="12"),
+    "NaN": lambda d: d["metrics"]["top1"].update(best=float("nan")),
+    "Infinity": lambda d: d.update(train_seconds=float("inf")),
+    "a huge integer": lambda d: d.update(peak_memory_bytes=10**400),
+    "a huge seed": lambda d: d.update(seed=10**400),
+    "a float that overflows": lambda d: d.update(train_seconds=10**40),
+    "percent for a fraction": lambda d: (d["metrics"]["top1"].update(best=69.3), d["reported"].update(value=69.3)),
+    "a list for an object": lambda d: d.update(budget=[1]),
+    "null for a name": lambda d: d.update(task=None),
+    "another task": lambda d: d.update(task="<script>alert(1)</script>"),
+    "another seed": lambda d: d.update(seed=5),
+    "not done": lambda d: d.update(status="partial"),
+    "another schema": lambda d: d.update(schema=2),
+    "true for the schema": lambda d: d.update(schema=True),
+    "a value of its own": lambda d: d["reported"].update(value=0.99),
+    "an unknown rule": lambda d: d["reported"].update(rule="median"),
+    "no metrics": lambda d: d.update(metrics={}),
+    "a missing key": lambda d: d.pop("iterations_done"),
+    "negative time": lambda d: d.update(train_seconds=-1.0),
+    "a number for a device": lambda d: d.update(device=3),
+    "control characters": lambda d: d.update(device="\x1b[2Jgone"),
+    "a lone surrogate": lambda d: d.update(device="\ud800"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_result_never_counts(tmp_path, name):
+    edit(put(tmp_path, "imagenet", "linear", "10%", 0, 0.5), HOSTILE[name])
+    (entry,) = scan(tmp_path)
+    assert (entry.state, entry.result) == ("unreadable", None)
+    assert entry.note.startswith("result.json: ")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"null", b"3", b"\xff\xfe", b"[" * 100_000, b'{"seed": ' + b"9" * 5000 + b"}", b" " * (2 << 20)],
+    ids=["empty", "truncated", "list", "null", "number", "not utf-8", "deep", "5000 digits", "2 MiB"],
+)
+def test_a_broken_file_never_counts(tmp_path, content):
+    path = put(tmp_path, "imagenet", "linear", "10%", 0, 0.5)
+    (path / "result.json").write_bytes(content)
+    assert [e.state for e in scan(tmp_path)] == ["unreadable"]
+    page = report.build(tmp_path).read_text()
+    assert "imagenet/linear/10%/s0" in page and "<b>1</b> unreadable" in page
+
+
+def test_a_result_truncated_anywhere_never_counts(tmp_path):
+    path = put(tmp_path, "imagenet", "linear", "10%", 0, 0.5) / "result.json"
+    whole = path.read_bytes()
+    for end in range(0, len(whole), 37):
+        path.write_bytes(whole[:end])
+        assert [e.state for e in scan(tmp_path)] == ["unreadable"]
+
+
+def test_files_that_are_no_files(tmp_path):
+    path = put(tmp_path, "imagenet", "linear", "10%", 0, 0.5)
+    (path / "result.json").unlink()
+    os.mkfifo(path / "result.json")
+    (tmp_path / "imagenet" / "linear" / "10%" / "s1" / "result.json").mkdir(parents=True)
+    assert [e.state for e in scan(tmp_path)] == ["unreadable", "unreadable"]
+
+
+def test_a_copied_directory_counts_once(pair):
+    shutil.copytree(pair / "imagenet" / "linear" / "5%" / "s0", pair / "imagenet" / "linear" / "5%" / "s9")
+    shutil.copytree(pair / "imagenet" / "linear" / "5%" / "s0", pair / "imagenet" / "linear" / "5%" / "s0_backup")
+    shutil.copytree(pair / "imagenet", pair / "old" / "imagenet")
+    (pair / "again").symlink_to(pair)
+    (pair / "also").symlink_to(pair / "imagenet")
+    states = [e.state for e in scan(pair)]
+    assert states.count("done") == 12
+    assert states.count("unreadable") == 2 + 14
+
+
+def test_missing_and_unfinished_squares_are_counted(pair):
+    shutil.rmtree(pair / "imagenet" / "step" / "5%" / "s2")
+    state(pair, "imagenet/rex/5%/s0")
+    state(pair, "imagenet/rex/5%/s1", state="failed", error="boom")
+    (grid,) = tables.grids(scan(pair))
+    assert grid.squares["rex", "5%"].states == {"running": 1, "failed": 1}
+    assert report.survey(pair).counts == {
+        "done": 11, "running": 1, "partial": 0, "died": 0, "failed": 1, "unreadable": 0, "missing": 1 + 1 + 3,
+    }  # fmt: skip
+    page = report.build(pair).read_text()
+    assert "0/3, 1 failed, 1 running" in page and "2/3" in page
+
+
+# ---- what is shown
+
+
+class Parsed(HTMLParser):
+    """Tags and links of a page."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.links, self.attributes = [], [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [name for name, _ in attrs]
+        self.links += [value for name, value in attrs if name in ("src", "href", "srcset", "action")]
+
+
+def test_the_page_is_self_contained(pair):
+    write_run(pair, run("imagenet", "rex", "100%", 0, 0.6), curve=True)
+    index = report.build(pair)
+    page = index.read_text()
+    parsed = Parsed(page)
+    assert not {"script", "link", "iframe", "object", "base"} & set(parsed.tags)
+    assert parsed.links and all(link.startswith(("data:image/png;base64,", "#t")) for link in parsed.links)
+    assert "default-src 'none'" in page and "http" not in page.replace("http-equiv", "")
+    assert not [name for name in parsed.attributes if name.startswith("on") or name == "style"]
+    kinds = {p.stem.split("-")[-1] for p in index.parent.glob("*.png")}
+    assert kinds == {"budget", "gain", "relative", "heat", "lr", "loss"}
+    assert (index.parent / "table.md").is_file() and (index.parent / "table.csv").is_file()
+
+
+def test_names_and_messages_are_escaped(tmp_path):
+    evil = '<script>alert("x")<|script>&$\\frac{}$'
+    base = run("imagenet", "linear", "10%", 0, 0.5)
+    for schedule in ("=cmd()|[red]", "<img src=x onerror=y>", "step"):
+        for budget in ("10%", "100%"):
+            data = json.loads(json.dumps(base)) | {"task": evil, "schedule": schedule, "device": "<b>cpu</b>"}
+            data["budget"]["amount"] = budget
+            write_run(tmp_path, data, curve=True)
+    state(tmp_path, "x<i>y/linear/5%/s0", state="failed", error="<script>alert(1)</script>\x1b[31m\n[bold]|x")
+    page = report.build(tmp_path).read_text()
+    parsed = Parsed(page)
+    assert not {"script", "img src=x", "i"} & set(parsed.tags) and "onerror" not in parsed.attributes
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page and "\x1b" not in page
+    assert "<script" not in page and "<script" not in (tmp_path / "report" / "table.md").read_text()
+    rows = list(csv.DictReader((tmp_path / "report" / "table.csv").open()))
+    assert {r["schedule"] for r in rows if r["task"] == evil} == {"'=cmd()|[red]", "<img src=x onerror=y>", "step"}
+    shown = text(report.render_terminal(tmp_path)) + text(status.render(status.rows(tmp_path)))
+    assert "\x1b" not in shown and "[red]" in shown and "[bold]" in shown
+
+
+def test_clean_leaves_one_printable_line():
+    assert clean("a\n b\x00\u202e\ud800c") == "a b\ufffd\ufffd\ufffdc"
+    assert len(clean("x" * 10_000)) == 300
+
+
+def test_csv_against_literals(pair):
+    rows = {(r["schedule"], r["budget"]): r for r in csv.DictReader(io.StringIO(report.to_csv(report.survey(pair))))}
+    row = rows["linear", "5%"]
+    assert (row["n"], row["metric"], row["rule"], row["published_mean"]) == ("3", "top1", "best", "0.5726")
+    assert float(row["mean"]) == pytest.approx(0.52) and float(row["std"]) == pytest.approx(0.01)
+    assert float(row["final_mean"]) == pytest.approx(0.52) and row["device"] == "synthetic"
+    assert list(rows) == [("linear", "5%"), ("linear", "100%"), ("step", "5%"), ("step", "100%")]
+
+
+def test_csv_has_secondary_metrics(tmp_path):
+    put(tmp_path, "coco", "linear", "10%", 0, 0.25)
+    rows = list(csv.DictReader(io.StringIO(report.to_csv(report.survey(tmp_path)))))
+    assert [(r["metric"], r["reported"]) for r in rows] == [("box_ap", "1"), ("mask_ap", "0")]
+    assert rows[1]["published_mean"] == "0.2457"
+    assert "Also measured: mask_ap" in report.build(tmp_path).read_text()
+
+
+def test_markdown_against_literals(pair):
+    lines = report.markdown(report.survey(pair)).splitlines()
+    assert "| schedule | 5% | 100% |" in lines
+    assert "| *linear − step* | +2.00 | −1.00 |" in lines
+    assert "| linear | **52.00 ± 1.00**<br>paper 57.26 ± 0.24 | 69.00 ± 2.00<br>paper 69.33 ± 0.12 |" in lines
+
+
+def test_an_empty_directory_says_how_to_begin(tmp_path):
+    page = report.build(tmp_path).read_text()
+    assert "No runs under" in page and "python run.py -m sweep=smoke" in page
+    assert "no runs yet" in text(status.render(status.rows(tmp_path)))
+
+
+def test_nothing_finished_yet(tmp_path):
+    state(tmp_path, "coco/linear/5%/s0")
+    page = report.build(tmp_path).read_text()
+    assert "0 finished runs" in page and "coco/linear/5%/s0" in page
+
+
+def test_building_twice_gives_the_same_bytes(pair):
+    folder = report.build(pair).parent
+    first = {p.name: p.read_bytes() for p in folder.iterdir()}
+    assert {p.name: p.read_bytes() for p in report.build(pair).parent.iterdir()} == first
+
+
+# ---- pictures
+
+
+def test_a_schedule_looks_the_same_everywhere():
+    assert plots.style("linear") == (plots.BLUE, "-")
+    assert plots.style("mine") == plots.style("mine")
+    assert len({plots.style(s) for s in tables.ORDER}) == len(tables.ORDER)
+
+
+def test_labels_move_apart_in_order():
+    assert plots.spread([0.5, 0.5, 0.5], 0.1) == pytest.approx([0.4, 0.5, 0.6])
+    assert plots.spread([0.9, 0.1], 0.1) == pytest.approx([0.9, 0.1])
+    assert plots.spread([1.0, 1.0], 0.2) == pytest.approx([0.8, 1.0])
+    crowded = plots.spread([0.5] * 30, 0.1)
+    assert min(crowded) == pytest.approx(0.0) and max(crowded) == pytest.approx(1.0)
+
+
+def test_curves_skip_and_count_malformed_lines(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = ['{"step": 0, "progress": 0.0, "lr": 0.1, "loss": 2.5}', '{"step": 0, "eval": {"top1": 0.1}}', "{", "[1]",
+             '{"progress": 2, "lr": 1}', '{"progress": 0.5, "lr": true}', '{"progress": 0.5, "lr": 0.05, "loss": NaN}',
+             '{"step": 9, "progress": 0.9, "lr": 0.01, "loss": null}', '{"step": 10, "prog']  # fmt: skip
+    path.write_text("\n".join(lines))
+    curve = read_curve(path)
+    assert (curve.progress, curve.lr, curve.loss[0], curve.bad) == ([0.0, 0.9], [0.1, 0.01], 2.5, 6)
+    assert last_step(path) == 9
+
+
+def test_a_long_log_is_read_in_part(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with path.open("w") as file:
+        for step in range(200_000):
+            file.write(json.dumps({"step": step, "progress": step / 200_000, "lr": 0.1, "loss": 1.0}) + "\n")
+    start = time.perf_counter()
+    curve = read_curve(path)
+    assert time.perf_counter() - start < 1
+    assert curve.bad == 0 and 1000 < len(curve.lr) < 4000
+    assert curve.progress[0] == 0 and curve.progress[-1] > 0.999
+
+
+# ---- status
+
+
+def test_states(tmp_path):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    put(tmp_path, "imagenet", "linear", "10%", 0, 0.5)
+    running = state(tmp_path, "imagenet/linear/10%/s1", samples_per_second=12.5, eta_seconds=300)
+    (running / "metrics.jsonl").write_text('{"step": 6, "progress": 0.6, "lr": 0.1, "loss": 1}\n{"ste')
+    state(tmp_path, "imagenet/linear/10%/s2", pid=gone.pid)
+    state(tmp_path, "imagenet/linear/10%/s3", pid=gone.pid, host="elsewhere", job="77")
+    state(tmp_path, "imagenet/linear/10%/s4", state="partial")
+    state(tmp_path, "imagenet/linear/10%/s5-0a1b2c", state="failed", error="ValueError: no\nmore")
+    state(tmp_path, "imagenet/linear/10%/s6", state="done")
+    (state(tmp_path, "imagenet/linear/10%/s7") / "lock").write_text("")  # nobody holds it: the pid is another's
+    rows = {r["seed"]: r for r in status.rows(tmp_path)}
+    assert {seed: r["state"] for seed, r in rows.items()} == {
+        0: "done", 1: "running", 2: "died", 3: "running", 4: "partial", 5: "failed", 6: "unreadable", 7: "died",
+    }  # fmt: skip
+    assert (rows[1]["step"], rows[1]["total"], rows[1]["rate"], rows[1]["eta"]) == (7, 10, 12.5, 300)
+    assert (rows[5]["note"], rows[5]["suffix"]) == ("ValueError: no more", "0a1b2c")
+    shown = text(status.render(list(rows.values())))
+    assert "7 of 10" in shown and "ValueError: no more" in shown and "job 77" in shown and "top1 50.00%" in shown
+
+
+def test_a_hostile_state_is_unreadable(tmp_path):
+    for seed, fields in enumerate(({"state": 3}, {"step": True}, {"pid": 10**400}, {"eta_seconds": "soon"})):
+        state(tmp_path, f"imagenet/linear/10%/s{seed}", **fields)
+    assert {r["state"] for r in status.rows(tmp_path)} == {"unreadable"}
+
+
+@pytest.mark.parametrize(
+    "seconds, shown", [(None, ""), (40, "40s"), (720, "12m"), (18_420, "5h07"), (273_600, "3d04h")]
+)
+def test_durations(seconds, shown):
+    assert status.duration(seconds) == shown
+
+
+def test_status_of_a_thousand_cells_is_quick(tmp_path):
+    make(tmp_path, 1000)
+    start = time.process_time()
+    assert "1,000 done" in text(status.render(status.rows(tmp_path)))
+    assert time.process_time() - start < 1.5
+
+
+@pytest.mark.slow
+def test_ten_thousand_results(tmp_path):
+    make(tmp_path, 10_000)
+    start = time.process_time()
+    index = report.build(tmp_path)
+    assert time.process_time() - start < 20
+    assert "<b>10,000</b> done" in index.read_text()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 1024 * 1024  # KiB
