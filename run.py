@@ -18,11 +18,18 @@ log = logging.getLogger("budgeted")
 def main(cfg: DictConfig) -> float | None:
     """Carry out `mode` for one cell; Hydra calls this once for each cell of a sweep."""
     from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
 
     from tasks import modes
 
     modes.set_up_logging()
-    return modes.MODES[cfg.mode](cfg, HydraConfig.get().runtime.choices)
+    try:
+        return modes.MODES[cfg.mode](cfg, HydraConfig.get().runtime.choices)
+    except UserError as error:
+        if HydraConfig.get().mode == RunMode.MULTIRUN or os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        say(error)
+        raise SystemExit(2) from None
 
 
 def command() -> int:
@@ -37,9 +44,14 @@ def command() -> int:
     except UserError as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        print(f"error: {error}", file=sys.stderr)
+        say(error)
         return 2
     return 0
+
+
+def say(error: UserError) -> None:
+    """Print what the user got wrong, in one line."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
 
 
 if __name__ == "__main__":

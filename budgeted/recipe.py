@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -67,6 +68,8 @@ def resolve(cfg: Config, named: Config, data: DataSummary, gpus: int = 1) -> Rec
     batch = task["batch_size"]
     if data.n_train < batch and task["last_batch"] != "keep":
         raise UserError(f"task.batch_size={batch}: larger than the data set ({data.n_train} training samples)")
+    if task["metric"] == "top5" and len(data.classes) <= 5:
+        raise UserError(f"task.metric=top5: {data.name} has {len(data.classes)} classes; task.metric=top1")
     epoch = Epoch(data.n_train, batch, task["last_batch"])
     full = full_iterations(task["full"], epoch)
     needs_model = budget.is_clock or budget.unit == "flop"
@@ -162,6 +165,7 @@ def _other_data(task: Config, data: DataSummary) -> bool:
     return any(wanted is not None and wanted != found for wanted, found in nominal)
 
 
+_ABSENT = object()
 # A rule is a test and the words for it.
 Rule = tuple[Callable[[Any], bool], str]
 
@@ -191,8 +195,23 @@ def _amount(v: Any) -> bool:
         return False
 
 
+def _period(v: Any) -> bool:
+    try:
+        return bool(periods(str(v), 1, Epoch(10**6, 1)))
+    except UserError:
+        return False
+
+
+# The metrics that a task can be judged by; all of them are stored.
+METRICS = {
+    "classification": ("top1", "top5"),
+    "video": ("top1", "top5"),
+    "detection": ("box_ap", "mask_ap"),
+    "segmentation": ("miou",),
+}
 FLAG: Rule = (lambda v: isinstance(v, bool), "true or false")
-PERIOD: Rule = (_amount, "an amount such as 25%, 500it or 1ep")
+PERIOD: Rule = (_period, "a period such as 25%, 500it or 1ep")
+DIRECTORY: Rule = (lambda v: bool(re.fullmatch(r"[A-Za-z0-9][\w.+-]*", str(v), re.ASCII)), "a word: it names a folder")
 WORD: Rule = (lambda v: isinstance(v, str) and bool(v), "a name")
 FRACTIONS: Rule = (
     lambda v: isinstance(v, list) and all(isinstance(m, int | float) and 0 < m < 1 for m in v),
@@ -212,6 +231,14 @@ RULES: dict[str, Rule] = {
     "grad_norm": FLAG,
     "checkpoint.every": PERIOD,
     "checkpoint.minutes": _number(0),
+    "code": _one_of("warn", "stop", "ignore"),
+    "tracker": _one_of("none", "tensorboard", "wandb", "mlflow"),
+    "watch": (lambda v: v is None or (_number(0)[0](v) and v > 0), "a positive number of seconds or null"),
+    "plan.samples_per_second": (lambda v: v is None or (_number(0)[0](v) and v > 0), "a positive number or null"),
+    "task.name": DIRECTORY,
+    "task.adapter": _one_of(*METRICS),
+    "task.augment": _one_of("imagenet", "cifar"),
+    "task.size": _whole(1),
     "task.model": WORD,
     "task.weights": WORD,
     "task.batch_size": _whole(1),
@@ -235,9 +262,12 @@ def validate(cfg: Config) -> None:
     for key, (ok, words) in RULES.items():
         value: Any = cfg
         for part in key.split("."):
-            value = value[part]
-        if not ok(value):
+            value = value.get(part, _ABSENT)
+        if value is not _ABSENT and not ok(value):
             raise UserError(f"{key}={value}: must be {words}")
+    task, metrics = cfg["task"], METRICS[cfg["task"]["adapter"]]
+    if task["metric"] not in metrics:
+        raise UserError(f"task.metric={task['metric']}: {task['name']} is judged by {' or '.join(metrics)}")
     if cfg["task"]["full"].endswith(("min", "h", "%", "flop")):
         raise UserError(f"task.full={cfg['task']['full']}: the full run is in ep, it or im")
     optimizer = cfg["optimizer"]
@@ -247,7 +277,18 @@ def validate(cfg: Config) -> None:
     Budget(cfg["budget"]["amount"])
 
 
-_ABSENT = object()
+def same_types(cfg: Config, named: Config) -> None:
+    """Raise UserError for a value of another type than the one it replaces; null may become anything."""
+    wanted = flatten(named)
+    for key, value in flatten(cfg).items():
+        like = wanted.get(key)
+        if like is None or value is None or key.startswith("task.options."):
+            continue
+        for kind, words in ((bool, "true or false"), (int | float, "a number"), (str, "a word"), (list, "a list")):
+            if isinstance(like, kind):
+                if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+                    raise UserError(f"{key}={value}: must be {words}, like {like}")
+                break
 
 
 def known_key(key: str, cfg: Config) -> None:

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from budgeted.errors import UserError, nearest
-from budgeted.recipe import Config, Recipe, known_key, resolve, validate
+from budgeted.recipe import Config, Recipe, known_key, resolve, same_types, validate
 from tasks import layouts, tiny
 
 log = logging.getLogger("budgeted")
@@ -52,13 +52,25 @@ def check_arguments(arguments: Sequence[str]) -> None:
     overrides = parse(a for a in arguments if not a.startswith("-"))
     for override in overrides:
         _check(override, multirun)
+    # The cells of a sweep are checked by the sweeper, each as a whole; here what Hydra composes before it.
+    words = tuple(o.input_line or "" for o in overrides if not o.is_sweep_override())
+    mode = next((str(o.value()) for o in reversed(overrides) if o.key_or_group == "mode"), "train")
     if multirun:
-        return
-    mode = next((str(o.value()) for o in overrides if o.key_or_group == "mode"), "train")
-    if mode in ("train", "plan", "probe"):
-        recipe(tuple(o.input_line or "" for o in overrides))
+        configuration(words)
+    elif mode in ("train", "plan", "probe"):
+        recipe(words)
     else:
-        configuration(tuple(o.input_line or "" for o in overrides))
+        _validated(words)
+    _refuse_what_hydra_refuses([o.input_line or "" for o in overrides], multirun)
+
+
+def _refuse_what_hydra_refuses(words: list[str], multirun: bool) -> None:
+    """Compose once as Hydra will: a + too many or too few, an unknown launcher and the like, in one line."""
+    try:
+        _loader().load_configuration("config", words, RunMode.MULTIRUN if multirun else RunMode.RUN)
+    except (HydraException, OmegaConfBaseException, AssertionError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise UserError("; ".join(line for line in lines if "object_type" not in line)[:300]) from None
 
 
 def parse(arguments: Iterable[str]) -> list[Override]:
@@ -88,6 +100,8 @@ def _check(override: Override, multirun: bool) -> None:
     if key in (*GROUPS, "sweep"):
         for value in _values(override):
             _check_option(key, value)
+    if key == "mode" and override.is_sweep_override():
+        raise UserError(f"{override.input_line}: one mode at a time")
     if key == "mode" and str(override.value()) not in MODES:
         raise UserError(f"mode={override.value()}: no such mode; {nearest(str(override.value()), MODES)}")
     if override.is_sweep_override() and not multirun:
@@ -141,11 +155,26 @@ def recipe_of(cfg: Any, choices: Mapping[str, str | None]) -> Recipe:
     return _recipe(plain, {g: str(choices[g]) for g in GROUPS if choices.get(g)})
 
 
-def _recipe(cfg: Config, choices: Mapping[str, str]) -> Recipe:
+def _validated(overrides: tuple[str, ...]) -> Config:
+    """The configuration of one cell, its values checked but nothing looked up on disk."""
+    choices = {o.key_or_group: str(o.value()) for o in parse(overrides) if o.key_or_group in GROUPS}
+    cfg = configuration(overrides)
+    _check_values(cfg, _assembled(tuple(sorted(choices.items()))))
+    return cfg
+
+
+def _check_values(cfg: Config, named: Config) -> None:
     validate(cfg)
+    same_types(cfg, named)
+    if cfg["optimizer"]["name"] != named["optimizer"]["name"]:
+        raise UserError(f"optimizer.name={cfg['optimizer']['name']}: write optimizer={cfg['optimizer']['name']}")
+
+
+def _recipe(cfg: Config, choices: Mapping[str, str]) -> Recipe:
+    named = _assembled(tuple(sorted(choices.items())))
+    _check_values(cfg, named)
     if cfg["schedule"].get("run") == "???":
         raise UserError(f"schedule={cfg['schedule']['name']}: needs schedule.run=DIR, the directory of an earlier run")
-    named = _assembled(tuple(sorted(choices.items())))
     own = cfg["optimizer"].get("lr")
     if own is not None and cfg["task"]["lr"] != named["task"]["lr"]:
         name = cfg["optimizer"]["name"]
@@ -235,12 +264,20 @@ def expand(arguments: Sequence[str]) -> list[tuple[str, ...]]:
         if override.key_or_group == "schedule" and override.value_type == ValueType.GLOB_CHOICE_SWEEP:
             line = _without_unusable(override, "schedule.run" in given)
         words.append(line)
-    batches = BasicSweeper.split_arguments(parse(words), None)
-    return list(dict.fromkeys(tuple(job) for job in batches[0]))
+    try:
+        batches = BasicSweeper.split_arguments(parse(words), None)
+    except HydraException as error:
+        raise UserError(str(error).splitlines()[0]) from None
+    jobs = list(dict.fromkeys(tuple(job) for job in batches[0]))
+    if not jobs:
+        raise UserError(f"{' '.join(arguments)}: the sweep has no cell")
+    return jobs
 
 
 def _without_unusable(override: Override, has_run: bool) -> str:
     names = [str(v) for v in override.sweep_iterator()]
+    if not names:
+        raise UserError(f"{override.input_line}: matches no schedule; known: {', '.join(options('schedule'))}")
     kept = [n for n in names if has_run or n not in NEED_A_RUN]
     left_out = sorted(set(names) - set(kept))
     if left_out:
