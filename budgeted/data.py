@@ -14,29 +14,34 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from budgeted.budgets import Epoch
-from budgeted.randomness import SAMPLES, permutation, preserved, seed_all
+from budgeted.randomness import SAMPLES, permutation, preserved, seed_all, seed_torch
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Positioned(Dataset):
-    """A map-style dataset seen through positions. Its samples may draw from random, numpy.random and torch."""
+    """A map-style dataset seen through positions. Its samples may draw from random, numpy.random and torch.
+
+    A dataset that says `torch_only = True` promises to draw from torch alone, and is spared seeding the others.
+    """
 
     def __init__(self, dataset: Any, seed: int) -> None:
         self.dataset, self.seed, self.n = dataset, seed, len(dataset)
+        self.torch_only = bool(getattr(dataset, "torch_only", False))
+        self._seed = seed_torch if self.torch_only else seed_all
         self._orders: dict[int, Any] = {}
 
     def __getitems__(self, positions: list[int]) -> list[Any]:
         """The samples at `positions`; DataLoader asks for a batch at a time."""
         if get_worker_info() is not None:
             return [self[k] for k in positions]
-        with preserved():  # in the main process the model's draws must not follow the data's
+        with preserved(self.torch_only):  # in the main process the model's draws must not follow the data's
             return [self[k] for k in positions]
 
     def __getitem__(self, position: int) -> Any:
         epoch, offset = divmod(position, self.n)
         index = int(self._order(epoch)[offset])
-        seed_all(self.seed, SAMPLES, position)
+        self._seed(self.seed, SAMPLES, position)
         return self.dataset[index]
 
     def _order(self, epoch: int) -> Any:

@@ -26,24 +26,32 @@ def key(*numbers: int) -> int:
 
 def seed_all(*numbers: int) -> None:
     """Seed random, numpy.random and torch (the CPU, and the GPU where one is in use) from `key(*numbers)`."""
-    value = key(*numbers)
+    value = seed_torch(*numbers)
     random.seed(value)
     np.random.seed(value & 0xFFFFFFFF)
-    torch.default_generator.manual_seed(value)  # torch.manual_seed asks every kind of device, for 0.4 ms
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(value)
 
 
+def seed_torch(*numbers: int) -> int:
+    """Seed torch's CPU generator alone: 3 microseconds, where all of them take 30 (torch.manual_seed takes 400)."""
+    value = key(*numbers)
+    torch.default_generator.manual_seed(value)
+    return value
+
+
 @contextmanager
-def preserved() -> Iterator[None]:
-    """Put the CPU generators back as they were found."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+def preserved(torch_only: bool = False) -> Iterator[None]:
+    """Put the CPU generators (or torch's alone) back as they were found."""
+    mine = torch.get_rng_state()
+    others = None if torch_only else (random.getstate(), np.random.get_state())
     try:
         yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
+        torch.set_rng_state(mine)
+        if others:
+            random.setstate(others[0])
+            np.random.set_state(others[1])
 
 
 def permutation(seed: int, epoch: int, n: int) -> np.ndarray:

@@ -52,6 +52,8 @@ class Classification(Native):
 class Arrays(Dataset):
     """Images (N, H, W, 3) of uint8 and labels (N,) in memory."""
 
+    torch_only = True  # torchvision's v2 transforms draw from nothing else
+
     def __init__(self, images: np.ndarray, labels: np.ndarray, transform: Callable) -> None:
         self.images, self.labels, self.transform = (
             torch.from_numpy(images).permute(0, 3, 1, 2),
@@ -68,6 +70,8 @@ class Arrays(Dataset):
 
 class Folder(Dataset):
     """Image files and their class indices. A file that cannot be decoded ends the run with its path."""
+
+    torch_only = True
 
     def __init__(self, samples: list[tuple[str, int]], transform: Callable) -> None:
         self.samples, self.transform = samples, transform

@@ -1,0 +1,155 @@
+"""What the suite costs: `python -m benchmarks.speed` prints a table of medians. Ratios are of interleaved repeats.
+
+    scheduler    microseconds per step that BudgetedLR costs beyond torch's LambdaLR
+    checkpoint   share of a run's time that checkpoints every 5% take
+    data         seconds per epoch of the position-addressed loader over a plain DataLoader's
+    <adapter>    seconds per iteration through the adapter over the upstream trainer's own
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from budgeted import BudgetedLR, make
+from budgeted.budgets import Epoch
+from budgeted.data import Batches, loader
+from budgeted.session import device_name
+
+REPEATS = 15
+
+
+def interleaved(ours: Callable[[], Any], theirs: Callable[[], Any], repeats: int = REPEATS) -> tuple[float, float, float]:
+    """Median seconds of `ours` and of `theirs`, timed in turns, and the median of the pairs' ratios."""
+    pairs = []
+    for _ in range(repeats):
+        times = []
+        for run in (ours, theirs):
+            start = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - start)
+        pairs.append((times[0], times[1]))
+    ratio = statistics.median(a / b for a, b in pairs)
+    return statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs), ratio
+
+
+def scheduler(groups: int = 1, steps: int = 5000) -> dict[str, float]:
+    """Microseconds per step of BudgetedLR (linear) and of torch's LambdaLR with the same function."""
+
+    def timed(build: Callable[[torch.optim.Optimizer], Any]) -> Callable[[], None]:
+        parameters = [{"params": [torch.nn.Parameter(torch.zeros(1))]} for _ in range(groups)]
+        optimizer = torch.optim.SGD(parameters, lr=0.1)
+        optimizer.step()
+        schedule = build(optimizer)
+
+        def run() -> None:
+            for _ in range(steps):
+                schedule.step()
+
+        return run
+
+    total = steps * (REPEATS + 1)
+    ours = timed(lambda o: BudgetedLR(o, make("linear"), total))
+    theirs = timed(lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda t: 1 - t / total))
+    a, b, ratio = interleaved(ours, theirs)
+    return {"ours_us": 1e6 * a / steps, "lambda_us": 1e6 * b / steps, "ratio": ratio}
+
+
+class _Noise(torch.utils.data.Dataset):
+    """Decoded images to be cropped and flipped: the work of a small data set."""
+
+    torch_only = True
+
+    def __init__(self, n: int) -> None:
+        from torchvision.transforms import v2
+
+        self.images = torch.randint(0, 255, (n, 3, 64, 64), dtype=torch.uint8)
+        self.transform = v2.Compose(
+            [v2.RandomResizedCrop(56, antialias=True), v2.RandomHorizontalFlip(), v2.ToDtype(torch.float32, scale=True)]
+        )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.transform(self.images[index])
+
+
+def data_order(n: int = 1024, batch: int = 32) -> dict[str, float]:
+    """Seconds per epoch of the position-addressed loader and of torch's own shuffling one, in the main process."""
+    dataset = _Noise(n)
+    epoch = Epoch(n, batch)
+    ours = lambda: sum(1 for _ in loader(dataset, 0, Batches(epoch, 0, n // batch)))  # noqa: E731
+    plain = torch.utils.data.DataLoader(dataset, batch, shuffle=True, drop_last=True)
+    theirs = lambda: sum(1 for _ in plain)  # noqa: E731
+    a, b, ratio = interleaved(ours, theirs)
+    return {"ours_s": a, "plain_s": b, "ratio": ratio}
+
+
+def checkpoints(task: str = "imagenet_tiny") -> dict[str, float]:
+    """Seconds that twenty checkpoints (every 5%) take of the full run of `task`, as a share of its training time."""
+    from budgeted import checkpoint, session
+
+    spent: list[float] = []
+    original = session.Session.save
+
+    def timed(self: session.Session) -> None:
+        start = time.perf_counter()
+        original(self)
+        spent.append(time.perf_counter() - start)
+
+    session.Session.save = timed  # type: ignore[method-assign]
+    try:
+        result, size = _train(task, "100%")
+    finally:
+        session.Session.save = original  # type: ignore[method-assign]
+    assert checkpoint.SCHEMA
+    return {"saves": len(spent), "mb": size / 1e6, "share": sum(spent) / (result["train_seconds"] + sum(spent))}
+
+
+def _train(task: str, budget: str) -> tuple[dict[str, Any], int]:
+    from tasks import base, cli
+
+    with tempfile.TemporaryDirectory() as out:
+        recipe = cli.recipe((f"task={task}", f"budget={budget}", f"out={out}"))
+        cli.embedded_data(recipe.cfg)
+        result = base.train(recipe)
+        assert result is not None
+        return result, recipe.cell.checkpoint.stat().st_size
+
+
+def main(names: list[str]) -> None:
+    torch.set_num_threads(1)
+    print(f"{device_name(torch.device('cpu'))}; torch {torch.__version__}; medians of {REPEATS} interleaved repeats")
+    measures: dict[str, Callable[[], dict[str, float]]] = {
+        "scheduler": scheduler,
+        "scheduler, 10 groups": lambda: scheduler(groups=10, steps=2000),
+        "data": data_order,
+        **{f"checkpoint, {t}": lambda t=t: checkpoints(t) for t in _tiny_tasks()},  # type: ignore[misc]
+        **adapters(),
+    }
+    for name, measure in measures.items():
+        if not names or any(name.startswith(n) for n in names):
+            found = measure()
+            print(f"{name:28}", "  ".join(f"{k} {v:.4g}" for k, v in found.items()), flush=True)
+
+
+def _tiny_tasks() -> list[str]:
+    conf = Path(__file__).resolve().parent.parent / "conf" / "task"
+    return sorted(p.stem for p in conf.glob("*_tiny.yaml"))
+
+
+def adapters() -> dict[str, Callable[[], dict[str, float]]]:
+    """Overhead of each adapter that can measure itself against its upstream."""
+    return {}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
