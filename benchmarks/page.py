@@ -190,10 +190,11 @@ def overview(verdicts: Sequence[Verdict]) -> Html:
         cells += [tag("td", signed(v.mean, 1), cls="mean"), tag("td", runs)]
         rows.append(tag("tr", *cells))
     first, second = verdicts[0].first, verdicts[0].second
+    several = any(d.n > 1 for v in verdicts for d in v.differences.values())
     caption = tag(
         "caption", tag("b", f"{first} minus {second}"), ", percentage points, paired over seeds. ",
         tag("i", f"{first} ahead", cls="win2"), " ", tag("i", f"{second} ahead", cls="loss2"),
-        " Bold: the 95% interval leaves zero." if any(d.n > 1 for v in verdicts for d in v.differences.values()) else "",
+        " Bold: the 95% interval leaves zero." if several else "",
     )  # fmt: skip
     return _scroll(
         tag("table", caption, _head(["task", *budgets, "mean", "seeds"]), tag("tbody", *rows), cls="overview")
@@ -251,7 +252,9 @@ def task_section(grid: Grid, pictures: Sequence[Picture]) -> Html:
     says = [sentence([verdict]) + "." if verdict else leader(grid), reach(grid), ranking(grid)]
     if grid.task.endswith("_tiny"):
         says.append("Embedded data: this shows that the code path works, not how a schedule fares.")
-    facts = f"{finished} of {possible} runs finished" + (f", {unfinished} under way or stopped" if unfinished else "")
+    facts = f"{finished} of {possible} runs finished" + (
+        f", {unfinished} unfinished or unreadable" if unfinished else ""
+    )
     rule = {"best": "best evaluation of the run", "final": "final model"}.get(grid.rule, "")
     models = sorted(
         {r.result["model"] for q in grid.squares.values() for r in q.runs if r.result and r.result["model"]}
