@@ -6,9 +6,9 @@ byte for byte on every run with the same libraries. Nothing here is a photograph
 
 from __future__ import annotations
 
+import colorsys
 import csv
 import json
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,27 +20,23 @@ from PIL import Image, ImageDraw
 from budgeted.errors import UserError
 from tasks.layouts import STREET_CLASSES
 
-VERSION = 1  # a set written by another version is generated again
+VERSION = 2  # a set written by another version is generated again
 MARKER = ".tiny.json"
 SPLITS = ("train", "val")
-FORMS = [
-    (shape, fill)
-    for shape in ("disc", "square", "triangle", "cross", "star")
-    for fill in ("striped", "checked")
-]
+FORMS = [(shape, fill) for shape in ("disc", "square", "triangle", "cross", "star") for fill in ("striped", "checked")]
 THINGS = {3: "ball", 17: "kite", 44: "star"}  # category ids with gaps, like COCO's own
 MOTIONS = ("falling", "growing", "rising", "shrinking", "spinning")  # none of them changes in a mirror
-STUFF = {
-    "ego": 1,
-    "road": 7,
-    "sidewalk": 8,
-    "building": 11,
-    "pole": 17,
-    "vegetation": 21,
-    "sky": 23,
-    "person": 24,
-    "car": 26,
-}  # Cityscapes' own labelIds; `ego vehicle` is one of those that training ignores
+# Cityscapes' own labelIds; ego (the car's own bonnet) is one of those that training ignores
+STUFF = dict(ego=1, road=7, sidewalk=8, building=11, pole=17, vegetation=21, sky=23, person=24, car=26)
+# How often a piece of the outline is repeated around the centre, and the piece: (share of its turn, distance)
+OUTLINES: dict[str, tuple[int, list[tuple[float, float]]]] = {
+    "disc": (28, [(0, 1)]),
+    "triangle": (3, [(0, 1)]),
+    "square": (4, [(0, 1)]),
+    "kite": (2, [(0, 1), (0.5, 0.55)]),
+    "star": (5, [(0, 1), (0.5, 0.42)]),
+    "cross": (4, [(-0.2, 1.05), (0.2, 1.05), (0.5, 0.47)]),
+}
 COUNTS: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "imagenet_tiny": (2000, 500, tuple(f"n{i:08d}" for i in range(1, len(FORMS) + 1))),
     "coco_tiny": (120, 40, tuple(THINGS.values())),
@@ -55,86 +51,65 @@ def embedded(cfg: Mapping[str, Any]) -> bool:
     return cfg["task"]["name"] in COUNTS and Path(cfg["data"]["root"]).name == cfg["task"]["name"]
 
 
-def ready(root: Path) -> bool:
-    """Whether root holds a set that this version wrote to its end."""
-    marker = root / MARKER
-    return marker.is_file() and json.loads(marker.read_text()).get("version") == VERSION
-
-
 def ensure(cfg: Mapping[str, Any]) -> None:
     """Write the embedded set of a *_tiny task to cfg["data"]["root"] unless it is there. Safe to call from many
     processes at once: one writes beside the root and renames, the others wait. A folder with other data in it
-    is left as it is."""
+    is left as it is. Raises UserError."""
     from filelock import FileLock
 
-    if not embedded(cfg):
-        return
     root = Path(cfg["data"]["root"]).expanduser()
-    if ready(root):
+    if not embedded(cfg) or _marker(root).get("version") == VERSION:
         return
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(root.parent / f".{root.name}.lock"):
-            ours = (root / MARKER).is_file() or not root.exists() or not any(root.iterdir())
-            if ours and not ready(root):
-                _replace(root, cfg["task"]["name"])
+            marker = _marker(root)
+            if marker.get("version") != VERSION and (marker or not root.exists() or not any(root.iterdir())):
+                _replace(root, cfg["task"]["name"], {MARKER, *marker.get("entries", [])})
     except OSError as error:
-        raise UserError(
-            f"data.root={root}: cannot be written ({error.strerror}): choose another data.root"
-        ) from None
+        raise UserError(f"data.root={root}: cannot be written ({error.strerror}): choose another data.root") from None
 
 
-def _replace(root: Path, name: str) -> None:
-    """Generate beside root, then swap by renaming. Of an older set only the entries its marker lists are removed."""
+def _marker(root: Path) -> dict[str, Any]:
+    """What the marker of a finished set says; empty where there is none."""
+    try:
+        return json.loads((root / MARKER).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _replace(root: Path, name: str, stale: set[str]) -> None:
+    """Generate beside root, then swap by renaming. Whatever is in root must be among the stale entries."""
+    foreign = sorted({p.name for p in root.iterdir()} - stale) if root.exists() else []
+    if foreign:
+        what = f"an older embedded set lies beside files that are none of it ({foreign[0]})"
+        raise UserError(f"data.root={root}: {what}: move them away, or set another data.root")
     with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}.") as scratch:
-        fresh, stale = Path(scratch, "fresh"), Path(scratch, "stale")
+        fresh = Path(scratch, "fresh")
         fresh.mkdir()
         WRITERS[name](fresh)
-        entries = sorted(p.name for p in fresh.iterdir())
         n_train, n_val, _ = COUNTS[name]
+        entries = sorted(p.name for p in fresh.iterdir())
         marker = {"version": VERSION, "name": name, "n_train": n_train, "n_val": n_val, "entries": entries}
         (fresh / MARKER).write_text(json.dumps(marker) + "\n")
-        fresh.chmod(0o755)
         if root.exists():
-            root.rename(stale)
+            root.rename(Path(scratch, "stale"))
         fresh.rename(root)
-        if stale.exists():
-            known = (
-                {MARKER, *json.loads((stale / MARKER).read_text())["entries"]}
-                if any(stale.iterdir())
-                else set()
-            )
-            for entry in sorted(stale.iterdir()):
-                if entry.name not in known:
-                    shutil.move(entry, root / entry.name)
 
 
 # Drawing. A canvas is a float array (height, width, 3) in 0..255, a mask a float array (height, width) in 0..1.
 
 
 def _rng(split: str, index: int) -> np.random.Generator:
-    return np.random.default_rng([VERSION, SPLITS.index(split), index])
+    return np.random.default_rng([SPLITS.index(split), index])
 
 
-def _outline(shape: str, centre: Sequence[float], radius: float, angle: float) -> Array:
+def _outline(shape: str, centre: Any, radius: float, angle: float) -> Array:
     """Corners of a shape as (n, 2) pixel coordinates x, y."""
-    corners = {"disc": 28, "square": 4, "triangle": 3, "cross": 12, "star": 10, "kite": 4}[shape]
-    turn = angle + np.arange(corners) * 2 * np.pi / corners
-    reach = np.ones(corners)
-    if shape == "star":
-        reach[1::2] = 0.42
-    if shape == "kite":
-        reach[1::2] = 0.55
-    if shape == "cross":
-        arm = np.array([[1, -0.33], [1, 0.33], [0.33, 0.33]])
-        arms = np.concatenate(
-            [
-                arm @ np.array([[np.cos(q), np.sin(q)], [-np.sin(q), np.cos(q)]])
-                for q in angle + np.arange(4) * np.pi / 2
-            ]
-        )
-        return np.asarray(centre) + radius * arms
-    return np.asarray(centre) + radius * np.stack([reach * np.cos(turn), reach * np.sin(turn)], 1)
+    repeats, corners = OUTLINES[shape]
+    turn = [angle + 2 * np.pi * (k + part) / repeats for k in range(repeats) for part, _ in corners]
+    reach = radius * np.array([reach for _, reach in corners] * repeats)
+    return np.asarray(centre) + np.stack([reach * np.cos(turn), reach * np.sin(turn)], 1)
 
 
 def _mask(size: tuple[int, int], outline: Array) -> Array:
@@ -170,24 +145,28 @@ def _clutter(rng: np.random.Generator, canvas: Array, count: int, radius: float)
     height, width = canvas.shape[:2]
     for _ in range(count):
         shape = rng.choice(["disc", "square", "triangle", "kite"])
-        outline = _outline(
-            shape, rng.uniform(0, [width, height]), radius * rng.uniform(0.4, 1), rng.uniform(0, 6.3)
-        )
+        outline = _outline(shape, rng.uniform(0, [width, height]), radius * rng.uniform(0.4, 1), rng.uniform(0, 6.3))
         _paint(canvas, _mask((width, height), outline), rng.uniform(0, 255, 3))
 
 
 # imagenet_tiny: ten forms (shape x fill), any colour, size, angle and place.
 
 
+def _hue(turn: float, value: float) -> Array:
+    """A colour by its place on the wheel (1 is once around)."""
+    return 255 * value * np.array(colorsys.hsv_to_rgb(turn % 1, 0.75, 1))
+
+
 def _form(rng: np.random.Generator, canvas: Array, label: int) -> None:
+    """Paint the form of a class: shape and fill are its own, of the colour it has a leaning only."""
     shape, fill = FORMS[label]
     size = canvas.shape[0]
-    radius, angle = size * rng.uniform(0.24, 0.42), rng.uniform(0, 2 * np.pi)
-    centre = rng.uniform(0.8 * radius, size - 0.8 * radius, 2)
-    dark = _colour(rng, canvas.mean((0, 1)), 45)
-    light = dark + rng.uniform(0.35, 1) * (_colour(rng, dark) - dark)
+    radius, angle = size * rng.uniform(0.28, 0.46), rng.normal(0, 0.4)
+    centre = rng.uniform(0.9 * radius, size - 0.9 * radius, 2)
+    hue = label / len(FORMS) + rng.normal(0, 0.09)
+    light, dark = _hue(hue, rng.uniform(0.75, 1)), _hue(hue, rng.uniform(0.1, 0.5))
     y, x = np.mgrid[:size, :size]
-    tilt, pitch = rng.uniform(0, np.pi), 2 * np.pi / rng.uniform(5, 8)
+    tilt, pitch = rng.normal(0.8, 0.3), 2 * np.pi / rng.uniform(5, 8)
     u, v = x * np.cos(tilt) + y * np.sin(tilt), y * np.cos(tilt) - x * np.sin(tilt)
     wave = np.sin(pitch * u + rng.uniform(0, 6.3))
     if fill == "checked":
@@ -197,11 +176,11 @@ def _form(rng: np.random.Generator, canvas: Array, label: int) -> None:
 
 
 def _form_image(split: str, index: int) -> tuple[int, Image.Image]:
-    """Label and picture. One in ten shows a second form of another class, and nothing says which one counts."""
+    """Label and picture. One in ten shows a second form of any class, and nothing says which one counts."""
     rng = _rng(split, index)
     label = index % len(FORMS)
-    canvas = _clouds(rng, (40, 40))
-    _clutter(rng, canvas, int(rng.integers(1, 5)), 6)
+    canvas = _clouds(rng, (40, 40), 20)
+    _clutter(rng, canvas, int(rng.integers(1, 4)), 6)
     shown = [label, int(rng.integers(len(FORMS)))] if rng.random() < 0.1 else [label]
     for form in rng.permutation(shown):
         _form(rng, canvas, form)
@@ -266,9 +245,7 @@ def _coco_image(split: str, index: int) -> tuple[Image.Image, list[dict[str, Any
     if rng.random() < 0.1:
         category = int(rng.choice(list(THINGS)))
         herd = [_thing(rng, canvas, category)[1] for _ in range(6)]
-        annotations.append(
-            {**_annotation(np.zeros((0, 2)), np.any(herd, 0), "crowd"), "category_id": category}
-        )
+        annotations.append({**_annotation(np.zeros((0, 2)), np.any(herd, 0), "crowd"), "category_id": category})
     for _ in range(int(rng.integers(1, 5))):
         category = int(rng.choice(list(THINGS)))
         outline, mask = _thing(rng, canvas, category)
@@ -290,12 +267,8 @@ def _coco(root: Path) -> None:
             image_id = index * 7 + 9
             name = f"{image_id:012d}.jpg"
             picture.save(folder / name, quality=92)
-            images.append(
-                {"id": image_id, "file_name": name, "width": picture.width, "height": picture.height}
-            )
-            annotations += [
-                {"id": len(annotations) + k + 1, "image_id": image_id, **a} for k, a in enumerate(found)
-            ]
+            images.append({"id": image_id, "file_name": name, "width": picture.width, "height": picture.height})
+            annotations += [{"id": len(annotations) + k + 1, "image_id": image_id, **a} for k, a in enumerate(found)]
         tables = {
             "info": {"description": "budgeted coco_tiny"},
             "images": images,
@@ -326,9 +299,7 @@ def _street(split: str, index: int) -> tuple[Image.Image, Array]:
 
     def put(stuff: str, corners: Array | Sequence[Sequence[float]], jitter: float = 22.0) -> None:
         mask = _mask((width, height), np.asarray(corners, float))
-        _paint(
-            canvas, mask, np.asarray(tints[stuff]) + rng.normal(0, jitter, 3) + rng.normal(0, 7, canvas.shape)
-        )
+        _paint(canvas, mask, np.asarray(tints[stuff]) + rng.normal(0, jitter, 3) + rng.normal(0, 7, canvas.shape))
         labels[mask > 0.5] = STUFF[stuff]
 
     def box(x: float, y: float, w: float, h: float) -> list[list[float]]:
@@ -342,22 +313,14 @@ def _street(split: str, index: int) -> tuple[Image.Image, Array]:
         put("building", box(x, horizon - tall, w, tall + 4), 30)
         x += w + rng.choice([0, 0, rng.uniform(4, 16)])
     for _ in range(int(rng.integers(1, 5))):
-        put(
-            "vegetation",
-            _outline("disc", (rng.uniform(0, width), horizon - rng.uniform(0, 8)), rng.uniform(5, 13), 0),
-        )
+        put("vegetation", _outline("disc", (rng.uniform(0, width), horizon - rng.uniform(0, 8)), rng.uniform(5, 13), 0))
     put("sidewalk", box(0, horizon, width, height))
     middle, half = rng.uniform(50, 78), rng.uniform(45, 75)
-    put(
-        "road",
-        [[middle - 6, horizon], [middle + 6, horizon], [middle + half, height], [middle - half, height]],
-    )
+    put("road", [[middle - 6, horizon], [middle + 6, horizon], [middle + half, height], [middle - half, height]])
     for _ in range(int(rng.integers(1, 4))):
         depth = rng.uniform(0.15, 0.75)
         y, w = horizon + depth * (height - horizon), 8 + 30 * depth
-        put(
-            "car", box(middle + rng.uniform(-1, 1) * half * depth * 0.7 - w / 2, y - 0.55 * w, w, 0.6 * w), 45
-        )
+        put("car", box(middle + rng.uniform(-1, 1) * half * depth * 0.7 - w / 2, y - 0.55 * w, w, 0.6 * w), 45)
     for _ in range(int(rng.integers(0, 4))):
         depth, x = rng.uniform(0.2, 0.9), rng.uniform(2, width - 8)
         tall, foot = 9 + 18 * depth, horizon + depth * (height - horizon) * 0.8
@@ -407,11 +370,7 @@ def _frames(split: str, index: int, count: int = 24) -> tuple[int, list[Array]]:
     for t in np.linspace(-0.5, 0.5, count):
         canvas = background.copy()
         centre = (x, y + travel * t) + rng.normal(0, 0.4, 2)
-        _paint(
-            canvas,
-            _mask((64, 64), _outline(shape, centre, radius * np.exp(scale * t), angle + turn * t)),
-            colour,
-        )
+        _paint(canvas, _mask((64, 64), _outline(shape, centre, radius * np.exp(scale * t), angle + turn * t)), colour)
         frames.append(np.asarray(_picture(canvas, rng, 6)))
     return label, frames
 
@@ -422,9 +381,7 @@ def encode(path: Path, frames: Sequence[Array], rate: int = 12) -> None:
     import av
 
     x264 = "libx264" in av.codecs_available
-    options = (
-        {"crf": "18", "preset": "ultrafast", "x264-params": "asm=0:bframes=2"} if x264 else {"qscale": "3"}
-    )
+    options = {"crf": "18", "preset": "ultrafast", "x264-params": "asm=0:bframes=2"} if x264 else {"qscale": "3"}
     with av.open(str(path), "w") as out:
         stream: Any = out.add_stream("libx264" if x264 else "mpeg4", rate=rate, options=options)
         stream.height, stream.width = frames[0].shape[:2]

@@ -1,0 +1,128 @@
+"""COCO's layout: annotations/instances_<split>2017.json, checked against itself and the images in <split>2017/."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from tasks.folder import SPLITS, Data, inside, names, near, some, wrong
+
+log = logging.getLogger("budgeted")
+
+
+def coco_files(root: Path, split: str) -> tuple[Path, Path]:
+    """The json with a split's annotations and the folder of its images."""
+    return root / "annotations" / f"instances_{split}2017.json", root / f"{split}2017"
+
+
+def summary(name: str, root: Path) -> Data:
+    """Counts and categories, in the order of their ids. Raises UserError."""
+    train, val = (_split(root, split) for split in SPLITS)
+    if train["classes"] != val["classes"]:
+        odd = sorted(set(train["classes"]) ^ set(val["classes"]))
+        what = f"train and val do not have the same categories{': ' + some(odd) if odd else ' by id'}"
+        raise wrong(root, what, "both json files need the same list")
+    return Data(name, root, train["annotated"], len(val["files"]), tuple(train["classes"]))
+
+
+def _split(root: Path, split: str) -> dict[str, Any]:
+    """files, annotated and classes of a split. annotated counts the images with an object that is not a crowd: those
+    that are trained on."""
+    path, folder = coco_files(root, split)
+    where = path.relative_to(root)
+    if not path.is_file():
+        fix = f"unpack annotations_trainval2017.zip here; {near('annotations', root)}"
+        raise wrong(root, f"no {where}", fix)
+    digest = _cached(path, lambda: _digest(root, path))
+    there = {str(sub): set(names(folder / sub)) for sub in {PurePosixPath(n).parent for n in digest["files"]}}
+    lost = [n for n in digest["files"] if PurePosixPath(n).name not in there[str(PurePosixPath(n).parent)]]
+    if lost:
+        what = f"{where} lists images that are not in {folder.name}/: {some(lost)} of {len(digest['files'])}"
+        raise wrong(root, what, f"unpack {folder.name}.zip here again")
+    return digest
+
+
+def tables_of(root: Path, path: Path) -> dict[str, Any]:
+    """A COCO json with its faults ruled out. Raises UserError."""
+    where = path.relative_to(root)
+    try:
+        tables = json.loads(path.read_bytes())
+        fault = next(_faults(tables), None)
+        for image in tables["images"]:
+            inside(root, image["file_name"], str(where))
+    except (ValueError, RecursionError):
+        raise wrong(root, f"{where} is not json, or cut short", "unpack or write it again") from None
+    except (LookupError, TypeError, AttributeError) as error:
+        what = f"{where} is not of COCO's form ({type(error).__name__}: {error})"
+        raise wrong(
+            root, what, "expected {images, annotations, categories} as in cocodataset.org/#format-data"
+        ) from None
+    if fault:
+        raise wrong(root, f"{where}: {fault[0]}", fault[1])
+    return tables
+
+
+def _digest(root: Path, path: Path) -> dict[str, Any]:
+    tables = tables_of(root, path)
+    return {
+        "files": [image["file_name"] for image in tables["images"]],
+        "annotated": len({a["image_id"] for a in tables["annotations"] if not a.get("iscrowd")}),
+        "classes": [c["name"] for c in sorted(tables["categories"], key=lambda c: c["id"])],
+    }
+
+
+def _faults(tables: Mapping[str, list[Any]]) -> Iterator[tuple[str, str]]:
+    """What is wrong and how to mend it, in pairs."""
+    for kind in ("images", "annotations", "categories"):
+        if not tables[kind]:
+            yield f"the list of {kind} is empty", "training needs at least one"
+        if len({row["id"] for row in tables[kind]}) < len(tables[kind]):
+            yield f"two {kind} have the same id", "give each its own"
+    sizes = {image["id"]: (image["height"], image["width"]) for image in tables["images"]}
+    categories = {category["id"] for category in tables["categories"]}
+    for row in tables["annotations"]:
+        name = f"annotation {row['id']}"
+        if row["category_id"] not in categories:
+            span = f"{min(categories)} to {max(categories)}"
+            yield f"{name} has category_id {row['category_id']}, which is not in categories", f"known ids: {span}"
+        if row["image_id"] not in sizes:
+            yield f"{name} has image_id {row['image_id']}, which is not in images", "remove it or add the image"
+            continue
+        height, width = sizes[row["image_id"]]
+        mask = row.get("segmentation")
+        if isinstance(mask, dict) and list(mask["size"]) != [height, width]:
+            yield f"{name} has a mask of {mask['size']}, its image is [{height}, {width}]", "size is [height, width]"
+        elif isinstance(mask, list) and any(_outside(polygon, height, width) for polygon in mask):
+            yield f"{name} has a polygon outside its image of {width} x {height}", "points are x, y in pixels"
+
+
+def _outside(polygon: list[float], height: float, width: float) -> bool:
+    """Does a polygon leave its image by more than a twentieth? (Annotation tools overshoot by a pixel or two.)"""
+    high = max(polygon[0::2], default=0) > 1.05 * width + 2 or max(polygon[1::2], default=0) > 1.05 * height + 2
+    return high or min(polygon, default=0) < -0.05 * max(height, width) - 2
+
+
+def _cached(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """compute(), kept in the user's cache folder for as long as path's size and time stay: COCO's json takes 10 s."""
+    stat = path.stat()
+    if stat.st_size < 5_000_000:
+        return compute()
+    key = hashlib.sha256(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:1".encode()).hexdigest()[:20]
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "budgeted" / f"coco-{key}.json"
+    with contextlib.suppress(OSError, ValueError):  # absent, or not ours to read
+        return json.loads(home.read_text())
+    result = compute()
+    try:
+        home.parent.mkdir(parents=True, exist_ok=True)
+        beside = home.with_suffix(f".{os.getpid()}")
+        beside.write_text(json.dumps(result))
+        beside.replace(home)
+    except OSError:
+        log.debug("%s cannot be written; the json will be parsed again", home)
+    return result

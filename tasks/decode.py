@@ -1,0 +1,156 @@
+"""What only decoding shows of a data folder: the findings of mode=check, each a line of path, fault and fix."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from budgeted.errors import UserError
+from tasks import layouts
+from tasks.coco_json import tables_of
+from tasks.folder import SPLITS, Data, some
+
+log = logging.getLogger("budgeted")
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)  # what Pillow raises
+LOCAL = {"protocol_whitelist": "file"}  # a playlist that calls itself .mp4 reaches no network
+
+
+def findings(cfg: Mapping[str, Any], data: Data, sample: int) -> tuple[Data, list[str]]:
+    """Decode up to `sample` files of each split."""
+    look: dict[str, Callable[[Data, int, int], Iterator[str]]] = {
+        "classification": _pictures,
+        "segmentation": _labels,
+        "detection": _objects,
+        "video": _clips,
+    }
+    found = list(look[cfg["task"]["adapter"]](data, sample, int(cfg["task"].get("frames", 1))))
+    broken = [f.split(": ", 1)[0] for f in found] if cfg["task"]["adapter"] == "video" else []
+    return replace(data, missing=(*data.missing, *sorted(set(broken) - set(data.missing)))), found
+
+
+def _some_of(items: Sequence[Any], sample: int) -> list[Any]:
+    return random.Random(0).sample(items, min(sample, len(items)))
+
+
+def picture_fault(path: str | Path) -> str | None:
+    """Why Pillow cannot decode an image, or None."""
+    try:
+        with Image.open(path) as image:
+            image.verify()
+        with Image.open(path) as image:
+            image.load()
+    except UNREADABLE as error:
+        return str(error).split("\n")[0].replace(f"{str(path)!r}", "the file")
+    return None
+
+
+def clip_fault(path: str | Path, least: int = 1) -> str | None:
+    """Why PyAV cannot decode a video to its end, or that it has fewer than `least` frames, or None."""
+    import av
+
+    try:
+        with av.open(str(path), options=LOCAL) as clip:
+            if not clip.streams.video:
+                return "no video stream"
+            promised = clip.streams.video[0].frames
+            count = sum(1 for _ in clip.decode(video=0))
+    except (av.FFmpegError, OSError) as error:
+        return f"cannot be decoded ({error.strerror})"
+    if count < 0.9 * promised:
+        return f"ends early: {count} of {promised} frames"
+    return f"{count} frames, {least} are needed" if count < least else None
+
+
+def label_fault(picture: str | Path, label: str | Path) -> str | None:
+    """Why a labelTrainIds image does not go with its picture, or None."""
+    try:
+        with Image.open(picture) as image, Image.open(label) as ids:
+            if image.size != ids.size:
+                return f"is {ids.size[0]} x {ids.size[1]}, its picture {image.size[0]} x {image.size[1]}"
+            pixels = np.asarray(ids)
+    except UNREADABLE as error:
+        return f"cannot be decoded ({error})"
+    if pixels.ndim != 2:
+        return "has colours instead of one id a pixel"
+    odd = [int(v) for v in np.unique(pixels) if v >= len(layouts.STREET_CLASSES) and v != 255]
+    return f"has unknown ids {odd}, known are 0 to 18 and 255" if odd else None
+
+
+def _within(data: Data, path: str | Path) -> str:
+    return str(Path(path).relative_to(data.root))
+
+
+def _pictures(data: Data, sample: int, _: int) -> Iterator[str]:
+    if layouts.is_cifar10(data.root):
+        try:
+            parts = layouts.cifar10(data.root)
+        except UserError as error:
+            yield str(error)
+            return
+        for split, (_images, numbers) in parts.items():
+            if numbers.min() < 0 or numbers.max() > 9:
+                yield f"{split}: labels go from {numbers.min()} to {numbers.max()}, not 0 to 9: get the set again"
+        return
+    for split in SPLITS:
+        for path, _ in _some_of(layouts.images(data.root, split)[1], sample):
+            fault = picture_fault(path)
+            if fault:
+                yield f"{_within(data, path)}: {fault}: replace or remove it"
+
+
+def _labels(data: Data, sample: int, _: int) -> Iterator[str]:
+    for split in SPLITS:
+        for picture, label in _some_of(layouts.streets(data.root, split), sample):
+            fault = picture_fault(picture)
+            if fault:
+                yield f"{_within(data, picture)}: {fault}: unpack leftImg8bit_trainvaltest.zip again"
+            elif fault := label_fault(picture, label):
+                yield f"{_within(data, label)}: {fault}: remove it and run mode=prepare"
+
+
+def _clips(data: Data, sample: int, least: int) -> Iterator[str]:
+    for clip in data.missing:
+        there = (data.root / clip).is_file()
+        fault = layouts.mp4_fault(data.root / clip) if there else "absent"
+        yield f"{clip}: {fault}: training leaves it out; get it again or take it off the list"
+    for split in SPLITS:
+        for path, _ in _some_of(layouts.clips(data.root, split)[1], sample):
+            fault = clip_fault(path, least)
+            if fault:
+                yield f"{_within(data, path)}: {fault}: get it again or take it off the list"
+
+
+def _objects(data: Data, sample: int, _: int) -> Iterator[str]:
+    for split in SPLITS:
+        path, folder = layouts.coco_files(data.root, split)
+        tables = tables_of(data.root, path)
+        for image in _some_of(tables["images"], sample):
+            file = folder / image["file_name"]
+            fault = picture_fault(file) or _other_size(file, image)
+            if fault:
+                yield f"{_within(data, file)}: {fault}: replace the image or mend its row in {path.name}"
+        for what, test in (
+            ("a polygon of less than 3 points", _degenerate),
+            ("a box without area", lambda row: min(row["bbox"][2:]) <= 0),
+        ):
+            ids = [str(row["id"]) for row in tables["annotations"] if test(row)]
+            if ids:
+                yield f"{_within(data, path)}: annotations with {what}: {some(ids)}: they teach nothing; remove them"
+
+
+def _other_size(file: Path, row: Mapping[str, Any]) -> str | None:
+    with Image.open(file) as image:
+        size = image.size
+    return None if size == (row["width"], row["height"]) else f"is {size}, listed as {(row['width'], row['height'])}"
+
+
+def _degenerate(row: Mapping[str, Any]) -> bool:
+    shape = row.get("segmentation")
+    return isinstance(shape, list) and any(len(polygon) < 6 or len(polygon) % 2 for polygon in shape)

@@ -1,0 +1,58 @@
+"""A data folder's summary, and how what is wrong with a folder is said: one line with a way to mend it."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from budgeted.errors import UserError
+
+SPLITS = ("train", "val")
+
+
+@dataclass(frozen=True)
+class Data:
+    """A training set and its validation set. missing: paths that are listed but absent or unreadable."""
+
+    name: str
+    root: Path
+    n_train: int
+    n_val: int
+    classes: tuple[str, ...]
+    missing: tuple[str, ...] = ()
+
+
+def wrong(root: Path, what: str, fix: str) -> UserError:
+    return UserError(f"data.root={root}: {what}: {fix}")
+
+
+def inside(root: Path, name: str, source: str) -> Path:
+    """root/name for a relative name that stays in root. Raises UserError for an absolute one or one with `..`."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in name or "\0" in name:
+        raise wrong(root, f"{source} names {name!r}, which leads out of the folder", "give a relative path without ..")
+    return root / path
+
+
+def names(folder: Path) -> list[str]:
+    """Sorted names in a folder, without hidden ones; none where it is absent."""
+    try:
+        return sorted(n for n in os.listdir(folder) if not n.startswith("."))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def near(word: str, folder: Path) -> str:
+    """A closing phrase that names what a folder holds instead of `word`."""
+    there = names(folder)
+    close = difflib.get_close_matches(word, there, n=1, cutoff=0.55)
+    return f"did you mean {close[0]!r}?" if close else f"the folder holds {some(there) if there else 'nothing'}"
+
+
+def some(items: Iterable[str]) -> str:
+    """A count and the first of the items, for a message of one line."""
+    items = list(items)
+    return f"{len(items)} ({items[0]}{', ...' if len(items) > 1 else ''})"
