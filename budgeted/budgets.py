@@ -10,6 +10,7 @@ One iteration is one optimizer update of the global batch.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from dataclasses import dataclass
@@ -76,19 +77,7 @@ class Budget:
         self._parse()
 
     def _parse(self) -> tuple[Fraction, str]:
-        match = _AMOUNT.fullmatch(str(self.amount))
-        if not match:
-            raise UserError(f"budget.amount={self.amount}: not an amount; write {FORMS}")
-        number, unit = match.groups()
-        if unit not in UNITS:
-            wrong = f"unknown unit {unit!r}" if unit else "no unit"
-            raise UserError(f"budget.amount={self.amount}: {wrong}; write {FORMS}")
-        value = Fraction(number)
-        if value <= 0:
-            raise UserError(f"budget.amount={self.amount}: must be positive")
-        if not LEAST < value < 1 / LEAST:
-            raise UserError(f"budget.amount={self.amount}: out of any reach; write {FORMS}")
-        return value, unit
+        return _parsed(str(self.amount))
 
     @property
     def value(self) -> Fraction:
@@ -138,6 +127,23 @@ class Budget:
         value, unit = self._parse()
         share = gpus if unit == "gpuh" else 1
         return float(value * CLOCK_SECONDS[unit] / share)
+
+
+@functools.cache
+def _parsed(amount: str) -> tuple[Fraction, str]:
+    match = _AMOUNT.fullmatch(amount)
+    if not match:
+        raise UserError(f"budget.amount={amount}: not an amount; write {FORMS}")
+    number, unit = match.groups()
+    if unit not in UNITS:
+        wrong = f"unknown unit {unit!r}" if unit else "no unit"
+        raise UserError(f"budget.amount={amount}: {wrong}; write {FORMS}")
+    value = Fraction(number)
+    if value <= 0:
+        raise UserError(f"budget.amount={amount}: must be positive")
+    if not LEAST < value < 1 / LEAST:
+        raise UserError(f"budget.amount={amount}: out of any reach; write {FORMS}")
+    return value, unit
 
 
 def full_iterations(full: str, epoch: Epoch) -> int:

@@ -20,9 +20,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from budgeted.files import read_json, write_json
+from budgeted.files import finite, read_json, write_json
 
 RESULT_SCHEMA = 1
+_HELD: set[Path] = set()  # the locks of this process
 
 
 class Held(Exception):
@@ -61,7 +62,9 @@ class Cell:
     def result(self) -> dict | None:
         """The result, when it is whole and of this very recipe."""
         found = read_json(self.directory / "result.json")
-        if not found or found.get("schema") != RESULT_SCHEMA or found.get("status") != "done":
+        if not found or found.pop("digest", None) != _digest(found):
+            return None
+        if found.get("schema") != RESULT_SCHEMA or found.get("status") != "done":
             return None
         reported = found.get("reported")
         if found.get("signature") != self.signature or not isinstance(reported, dict):
@@ -78,6 +81,11 @@ class Cell:
             return "running" if state == "running" and self.holder() else "partial"
         return state if state in ("partial", "failed") else "missing"
 
+    def write_result(self, result: dict[str, Any]) -> None:
+        """Record the result, with a digest: a damaged one must not count as done."""
+        whole = finite(result)
+        write_json(self.directory / "result.json", {**whole, "digest": _digest(whole)})
+
     def write_state(self, state: str, step: int = 0, total: int | None = None, error: str | None = None, **more: Any):
         """Record `state` (running, partial, done, failed) at `step` of `total`."""
         fields = {"state": state, "step": step, "total": total, "error": error, **_whoami(), **more}
@@ -88,37 +96,60 @@ class Cell:
         """Hold this cell. Raises Held when another process does; a dead process's lock is free at once."""
         self.directory.mkdir(parents=True, exist_ok=True)
         # A record lock ends with its process and is not inherited by data workers that outlive a killed parent.
-        handle = open(self.directory / "lock", "a+")  # noqa: SIM115
+        path = (self.directory / "lock").resolve()
+        if path in _HELD:
+            raise Held(f"{self.name} is being run by {self.holder()}")
+        handle = open(path, "a+")  # noqa: SIM115
         try:
             try:
                 fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except (BlockingIOError, PermissionError):
                 raise Held(f"{self.name} is being run by {self.holder() or 'another process'}") from None
+            _HELD.add(path)
             handle.truncate(0)
             handle.write(json.dumps({**_whoami(), "since": now()}))
             handle.flush()
+            for left in self.directory.glob("*.tmp"):  # of a process that was killed while it wrote
+                left.unlink(missing_ok=True)
             yield
         finally:
+            _HELD.discard(path)
             handle.close()
 
     def holder(self) -> str | None:
-        """Who holds the lock, in words, or None. Not to be asked by the process that holds it."""
+        """Who holds the lock, in words, or None."""
+        path = (self.directory / "lock").resolve()
+        if path in _HELD:  # closing any handle of a file gives up this process's record lock on it
+            return "this process"
         try:
-            with open(self.directory / "lock", "r+") as handle:
+            with open(path, "r+") as handle:
                 try:
                     fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     return None
-                except OSError:
-                    who = json.loads(handle.read() or "{}")
-        except (OSError, ValueError):
+                except (BlockingIOError, PermissionError):
+                    who = read_json(path) or {}
+        except OSError:
             return None
         return f"process {who.get('pid', '?')} on {who.get('host', '?')} since {who.get('since', '?')}"
 
 
 def signature(fields: dict[str, Any]) -> str:
-    """Six hex digits over `fields`, whatever the order of their keys."""
-    text = json.dumps(fields, sort_keys=True, default=str)
+    """Six hex digits over `fields`, whatever the order of their keys, and with 0 the same as 0.0."""
+    text = json.dumps(_floats(fields), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:6]
+
+
+def _floats(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _floats(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_floats(v) for v in value]
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return float(value) if whole and abs(value) < 2**53 else value
+
+
+def _digest(result: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
 
 
 def now() -> str:

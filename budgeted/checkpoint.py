@@ -62,6 +62,8 @@ def load(path: Path) -> dict[str, Any] | None:
             log.warning("%s is broken (%s): trying the one before", candidate, error)
             broken.append(candidate.name)
             continue
+        if broken:  # out of the way, or the next save would put it in the place of the good one
+            os.replace(path, path.with_name(f"{path.stem}.broken{path.suffix}"))
         return content
     if broken:
         raise BrokenCheckpoint(f"{path.parent}: no whole checkpoint ({', '.join(broken)} broken); remove to start over")
@@ -96,9 +98,11 @@ def _digest(content: dict[str, Any]) -> str:
         if isinstance(value, torch.Tensor):
             tensors.append((name, value))
         elif isinstance(value, dict):
+            plain.update(f"{name}: dict of {len(value)}\n".encode())
             for k, v in value.items():
                 walk(v, f"{name}/{type(k).__name__}:{k}")
         elif isinstance(value, list | tuple):
+            plain.update(f"{name}: {type(value).__name__} of {len(value)}\n".encode())
             for k, v in enumerate(value):
                 walk(v, f"{name}/{k}")
         else:

@@ -107,6 +107,8 @@ def build_schedule(cfg: Config, full: int, epoch: Epoch) -> schedules.Schedule:
     if name == "exp" and constants.get("T0") is None:
         constants["T0"] = float(full / epoch.iterations)
     schedule = schedules.make(name, **constants)
+    if name == "replay":
+        return schedule
     if cfg["hold"] is not None:
         schedule = schedules.hold(schedule, cfg["hold"])
     return schedules.warmup(schedule, warm["fraction"], warm["factor"])

@@ -197,9 +197,15 @@ def refined(run: str = "", power: int = 2, smooth: float = 0.1) -> Schedule:
 
 
 def replay(run: str = "") -> Schedule:
-    """The rates that an earlier run applied, step by step: how a clock budget is repeated by iteration."""
-    rates = _column(run, "lr")
-    return table([r / max(rates) for r in rates], "replay", hold=True)
+    """The rates that an earlier run applied, step by step: how a clock budget is repeated by iteration.
+
+    Warm-up and hold are in the recorded rates already, so neither is applied on top of it.
+    """
+    base = _base_rate(run)
+    made = table([rate / base for rate in _column(run, "lr")], "replay", hold=True)
+    if "momentum" not in _rows(run)[0]:
+        return made
+    return Schedule("replay", made.factor, table(_column(run, "momentum"), hold=True).factor)
 
 
 def warmup(schedule: Schedule, fraction: float, start: float = 0.0) -> Schedule:
@@ -294,19 +300,39 @@ def make(name: str, **constants: Any) -> Schedule:
     return Schedule(made.name, made.factor, made.momentum_at, given)
 
 
-def _column(run: str, key: str) -> list[float]:
+def _rows(run: str) -> list[dict[str, Any]]:
     path = Path(run) / "metrics.jsonl"
     if not run or not path.is_file():
         raise UserError(f"schedule.run={run or 'null'}: no metrics.jsonl there; give the directory of an earlier run")
     try:
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        values = [float(row[key]) for row in rows if "eval" not in row]
+        rows = [row for row in rows if "eval" not in row and isinstance(row, dict)]
+    except (TypeError, ValueError, RecursionError):
+        raise UserError(f"schedule.run={run}: its metrics.jsonl cannot be read") from None
+    if not rows:
+        raise UserError(f"schedule.run={run}: its metrics.jsonl holds no step")
+    return rows
+
+
+def _column(run: str, key: str) -> list[float]:
+    try:
+        return [float(row[key]) for row in _rows(run)]
     except (KeyError, TypeError, ValueError):
         extra = "; train that run with grad_norm=true" if key == "grad_norm" else ""
         raise UserError(f"schedule.run={run}: its metrics.jsonl has no {key} at some step{extra}") from None
-    if not values:
-        raise UserError(f"schedule.run={run}: its metrics.jsonl holds no step")
-    return values
+
+
+def _base_rate(run: str) -> float:
+    """The rate that the run's schedule multiplied: its optimizer's own, or its task's."""
+    import yaml
+
+    _rows(run)
+    try:
+        cfg = yaml.safe_load((Path(run) / "config.yaml").read_text())
+        own = cfg["optimizer"]["lr"]
+        return float(cfg["task"]["lr"] if own is None else own)
+    except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError):
+        raise UserError(f"schedule.run={run}: its config.yaml does not say the base learning rate") from None
 
 
 def _require(ok: bool, key: str, value: object, rule: str) -> None:

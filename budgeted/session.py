@@ -37,7 +37,7 @@ from budgeted import checkpoint
 from budgeted.cells import RESULT_SCHEMA, now
 from budgeted.data import STOP_SIGNALS, Batches, loader
 from budgeted.distributed import World
-from budgeted.files import finite, write_json
+from budgeted.files import finite
 from budgeted.randomness import EVALUATION, STEPS, preserved, seed_all
 from budgeted.recipe import Recipe
 from budgeted.scheduler import BudgetedLR
@@ -77,12 +77,12 @@ class Session:
         self.metrics: dict[str, dict[str, Any]] = {}
         self.started = now()
         self._evaluated_at = -1
-        self._pending: list[tuple[int, torch.Tensor | float]] = []
+        self._pending: list[tuple[int, torch.Tensor | float, float]] = []  # step, loss, learning rate
         self._first_step: float | None = None
         self._clock = 0.0  # progress of a clock budget, as of the last step
         self._grad_norm: float | None = None
         self._saved_step: int | None = None
-        self._loss = math.nan
+        self._loss = self._applied_lr = math.nan
         self._evals = recipe.period(cfg["task"]["eval_every"], total)
         self._saves = recipe.period(cfg["checkpoint"]["every"], total)
         self._signal = 0
@@ -189,7 +189,7 @@ class Session:
         step, self.step = self.step, self.step + 1
         positions = self.recipe.epoch.positions(step)
         self.samples += len(positions)
-        self._pending.append((step, loss.detach() if isinstance(loss, torch.Tensor) else loss))
+        self._pending.append((step, loss.detach() if isinstance(loss, torch.Tensor) else loss, self._applied_lr))
         logged = self.horizon is None or step % self.cfg["log_every"] == 0 or self.step == self.total
         if logged:
             self._log(step)
@@ -218,7 +218,7 @@ class Session:
             value = float(value)
             entry = self.metrics.setdefault(name, {"final": value, "best": value, "best_step": step})
             entry["final"] = value
-            if not entry["best"] >= value:
+            if value > entry["best"] or math.isnan(entry["best"]):
                 entry.update(best=value, best_step=step)
         self._evaluated_at = self.step
         self._write_line({"step": step, "eval": {k: float(v) for k, v in values.items()}})
@@ -288,15 +288,12 @@ class Session:
         pending, self._pending = self._pending, []
         if not pending or self.cfg["on_nonfinite"] == "skip":
             return
-        values = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.device) for _, v in pending])
+        values = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.device) for _, v, _ in pending])
         bad = torch.nonzero(~torch.isfinite(values.cpu()))
         if len(bad):
-            step = pending[int(bad[0])][0]
+            step, _, rate = pending[int(bad[0])]
             saved = self._saved_step
             good = "there is no checkpoint yet" if saved is None else f"the last good checkpoint is of step {saved}"
-            rate = (
-                self.scheduler.base_lrs[0] * self.scheduler.applied[step] if step < len(self.scheduler.applied) else 0
-            )
             raise NonFinite(
                 f"the loss of step {step} is {values[int(bad[0])].item()} at learning rate {rate:g}; {good}"
             )
@@ -385,7 +382,7 @@ class Session:
                 try:
                     if not line.endswith(b"\n") or json.loads(line)["step"] >= step:
                         break
-                except (ValueError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, RecursionError):
                     break
                 end += len(line)
             handle.truncate(end)
@@ -433,7 +430,7 @@ class Session:
             if self._evaluation_weights:
                 checkpoint.save(self.cell.checkpoint, {**self._content(), "evaluated": evaluated})
             result = self._result(digest)
-            write_json(self.directory / "result.json", result)
+            self.cell.write_result(result)
             checkpoint.previous(self.cell.checkpoint).unlink(missing_ok=True)
             self._write_state("done")
         return self.world.agree(result)
