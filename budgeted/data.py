@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from budgeted.budgets import Epoch
-from budgeted.randomness import SAMPLES, permutation, preserved, seed_all, seed_torch
+from budgeted.randomness import SAMPLES, permutation, preserved, seed_cpu, seed_torch
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -28,7 +28,7 @@ class Positioned(Dataset):
     def __init__(self, dataset: Any, seed: int) -> None:
         self.dataset, self.seed, self.n = dataset, seed, len(dataset)
         self.torch_only = bool(getattr(dataset, "torch_only", False))
-        self._seed = seed_torch if self.torch_only else seed_all
+        self._seed = seed_torch if self.torch_only else seed_cpu
         self._orders: dict[int, Any] = {}
 
     def __getitems__(self, positions: list[int]) -> list[Any]:
@@ -63,9 +63,9 @@ class Batches:
             yield from self.pieces(step)
 
     def pieces(self, step: int) -> list[list[int]]:
-        """The batches that iteration `step` is made of on this rank."""
+        """The batches that iteration `step` is made of on this rank; none where there are fewer samples than ranks."""
         own = list(self.epoch.positions(step)[self.rank :: self.world])
-        size = self.micro or len(own)
+        size = self.micro or len(own) or 1
         return [own[k : k + size] for k in range(0, len(own), size)]
 
 

@@ -26,11 +26,17 @@ def key(*numbers: int) -> int:
 
 def seed_all(*numbers: int) -> None:
     """Seed random, numpy.random and torch (the CPU, and the GPU where one is in use) from `key(*numbers)`."""
+    value = seed_cpu(*numbers)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(value)
+
+
+def seed_cpu(*numbers: int) -> int:
+    """Seed random, numpy.random and torch's CPU generator: samples are made there, and the GPU's is the model's."""
     value = seed_torch(*numbers)
     random.seed(value)
     np.random.seed(value & 0xFFFFFFFF)
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed(value)
+    return value
 
 
 def seed_torch(*numbers: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +24,8 @@ class BudgetedLR(LRScheduler):
 
     A trainer that knows its step calls `set_step(t)` before update t. For a clock budget give `progress`, a
     function without arguments that returns elapsed/budget, in place of T. `applied[t]` is the ratio that was
-    set for update t in this process. The last update uses f((T-1)/T); stepping once more asks for f(1), harmless.
+    set for update t in this process, NaN for those before a resume. The last update uses f((T-1)/T); stepping once
+    more asks for f(1), harmless.
     """
 
     def __init__(
@@ -66,10 +68,10 @@ class BudgetedLR(LRScheduler):
                 group["lr"] = base * ratio
         if self._momentum is not None:
             self._set_momentum(self._momentum(p))
-        if t == len(self.applied):
-            self.applied.append(ratio)
-        elif t < len(self.applied):
-            self.applied[t] = ratio
+        missing = t + 1 - len(self.applied)
+        if missing > 0:  # more than one after a resume
+            self.applied.extend([math.nan] * missing)
+        self.applied[t] = ratio
 
     def _set_momentum(self, value: float) -> None:
         for group in self.optimizer.param_groups:

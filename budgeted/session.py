@@ -37,6 +37,7 @@ from budgeted import checkpoint
 from budgeted.cells import RESULT_SCHEMA, now
 from budgeted.data import STOP_SIGNALS, Batches, loader
 from budgeted.distributed import World
+from budgeted.errors import UserError
 from budgeted.files import finite
 from budgeted.randomness import EVALUATION, STEPS, preserved, seed_all
 from budgeted.recipe import Recipe
@@ -63,6 +64,9 @@ class Session:
 
     def __init__(self, recipe: Recipe, total: int | None, world: World, device: torch.device) -> None:
         cfg = recipe.cfg
+        least = min(len(recipe.epoch.positions(k)) for k in (0, int(recipe.epoch.iterations) - 1))
+        if least < world.size:  # a rank without a sample would leave the others waiting for its gradients
+            raise UserError(f"{world.size} processes cannot share a batch of {least}: fewer of them, or a larger batch")
         self.recipe, self.cfg, self.cell = recipe, cfg, recipe.cell
         self.world, self.rank, self.world_size, self.device = world, world.rank, world.size, device
         self.seed = cfg["seed"]
