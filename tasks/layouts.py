@@ -198,12 +198,12 @@ def clips(root: Path, split: str) -> tuple[tuple[str, ...], list[tuple[str, int]
     return classes, found, missing
 
 
-def listed_clips(root: Path, split: str) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
+def listed_clips(root: Path, split: str, manifest: bool = True) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
     """Classes and (path in root, class index) of the clips that a split lists.
 
     From `<split>_list.csv` (`path index` or `path,index` a line, classes.txt naming the indices) or, without one, from
-    the official `<split>.csv` (label, youtube_id, time_start, time_end, split)."""
-    if (root / f"{split}_list.csv").is_file():
+    the official `<split>.csv` (label, youtube_id, time_start, time_end, split); manifest: which of two comes first."""
+    if (root / f"{split}_list.csv").is_file() and (manifest or not (root / f"{split}.csv").is_file()):
         return _manifest(root, root / f"{split}_list.csv")
     if (root / f"{split}.csv").is_file():
         return _official(root, root / f"{split}.csv")

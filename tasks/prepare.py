@@ -195,7 +195,9 @@ def _drawn(path: Path) -> np.ndarray:
 def _short_clips(root: Path, options: Mapping[str, Any], log: logging.Logger) -> list[str]:
     side = options.get("short_side")
     to = root.parent / f"{root.name}-{side}" if side else root
-    lists = {split: layouts.listed_clips(root, split) for split in SPLITS}
+    if not side and not all((root / f"{split}.csv").is_file() for split in SPLITS):
+        raise wrong(root, "there is no official train.csv and val.csv to make manifests of", "set prepare.short_side")
+    lists = {split: layouts.listed_clips(root, split, manifest=False) for split in SPLITS}
     classes = lists["train"][0]
     faults: dict[str, str] = {}
 

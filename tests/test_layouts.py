@@ -1,0 +1,574 @@
+"""Data folders: what is counted, and the one line that each kind of fault gives."""
+
+import json
+import pickle
+import shutil
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from budgeted.errors import UserError
+from tasks import layouts, tiny
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+real = pytest.mark.skipif(not SHARED.is_dir(), reason="the real data beside the checkout is not here")
+
+
+def look(root: Path, adapter: str, check: bool = False, **data):
+    cfg = {"task": {"name": "mine", "adapter": adapter, "frames": 8}, "data": {"root": str(root), **data}}
+    return layouts.check(cfg) if check else layouts.inspect(cfg)
+
+
+def fault(root: Path, adapter: str) -> str:
+    """The one line, without data.root=...: ."""
+    with pytest.raises(UserError) as caught:
+        look(root, adapter)
+    line = str(caught.value)
+    assert "\n" not in line
+    return line.removeprefix(f"data.root={root}: ")
+
+
+def picture(path: Path, size=(8, 6), **kwargs) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), np.uint8)).save(path, **kwargs)
+    return path
+
+
+def folders(root: Path, classes=("cat", "dog"), splits=("train", "val"), count=3) -> Path:
+    for split in splits:
+        for name in classes:
+            for i in range(count):
+                picture(root / split / name / f"{i}.jpg")
+    return root
+
+
+# The real sets.
+
+
+@real
+@pytest.mark.parametrize(
+    ("folder", "adapter", "train", "val", "classes"),
+    [
+        ("photos", "classification", 4000, 500, 20),
+        ("coco", "detection", 119, 50, 80),
+        ("blood", "detection", 291, 73, 3),
+        ("streets", "segmentation", 80, 30, 19),
+        ("actions", "video", 160, 60, 7),
+    ],
+)
+def test_real_sets(folder, adapter, train, val, classes):
+    data, findings = look(SHARED / folder, adapter, check=True)
+    assert (data.n_train, data.n_val, len(data.classes), data.missing, findings) == (train, val, classes, (), [])
+
+
+@real
+def test_real_clips_follow_the_manifest_and_its_classes():
+    classes, clips, missing = layouts.clips(SHARED / "actions", "train")
+    assert classes == ("fall", "lie down", "lie still", "sit", "sit down", "stand up", "walk") and not missing
+    assert clips[0] == (f"{SHARED}/actions/train/fall/fir01c00018_000116_000121.mp4", 0)
+
+
+# Any folder.
+
+
+def test_absent_root_names_the_nearest(tmp_path):
+    folders(tmp_path / "photos")
+    assert fault(tmp_path / "photo", "classification") == f"no such folder: did you mean {tmp_path}/photos?"
+
+
+def test_empty_root(tmp_path):
+    assert fault(tmp_path, "video") == "the folder is empty: put mine's files there or set another data.root"
+
+
+def test_unset_root():
+    with pytest.raises(UserError, match="^data.root is not set: say where mine's files are, e.g. data.root=/data/mine$"):
+        layouts.inspect({"task": {"name": "mine", "adapter": "video"}, "data": {"root": None}})
+
+
+def test_subset_is_fixed_and_nested():
+    assert layouts.subset(5, None) == layouts.subset(5, 9) == [0, 1, 2, 3, 4]
+    assert layouts.subset(10, 4) == [7, 8, 1, 5]
+    assert layouts.subset(10, 6)[:4] == layouts.subset(10, 4)
+
+
+def test_subset_counts(tmp_path):
+    assert look(folders(tmp_path), "classification", subset=4).n_train == 4
+    assert look(tmp_path, "classification", subset=400).n_train == 6
+
+
+# Class folders.
+
+
+def test_class_folders(tmp_path):
+    data = look(folders(tmp_path), "classification")
+    assert (data.n_train, data.n_val, data.classes) == (6, 6, ("cat", "dog"))
+    (tmp_path / "train/cat/notes.txt").write_text("not an image")
+    (tmp_path / "train/.hidden").mkdir()
+    assert look(tmp_path, "classification") == data
+    assert layouts.images(tmp_path, "val")[1][3] == (f"{tmp_path}/val/dog/0.jpg", 1)
+
+
+def test_class_folders_without_splits_hold_a_tenth_out(tmp_path):
+    for name in "ab":
+        for i in range(20):
+            picture(tmp_path / name / f"{i}.png")
+    assert (look(tmp_path, "classification").n_train, look(tmp_path, "classification").n_val) == (36, 4)
+    train, val = (layouts.images(tmp_path, split)[1] for split in ("train", "val"))
+    assert set(train).isdisjoint(val) and layouts.images(tmp_path, "val")[1] == val
+
+
+def test_class_folder_that_one_split_lacks(tmp_path):
+    folders(tmp_path)
+    picture(tmp_path / "train/emu/0.jpg")
+    assert fault(tmp_path, "classification") == (
+        "train/ has class folders that val/ lacks: 1 (emu): both need the same; add them to val/ or remove them"
+    )
+    shutil.move(tmp_path / "train/emu", tmp_path / "val/emu")
+    assert fault(tmp_path, "classification").startswith("val/ has class folders that train/ lacks: 1 (emu)")
+
+
+def test_class_folder_without_images(tmp_path):
+    folders(tmp_path)
+    for split in ("train", "val"):
+        (tmp_path / split / "emu").mkdir()
+    assert fault(tmp_path, "classification") == (
+        "train/ has class folders without an image: 1 (emu): "
+        "fill or remove them; images end in .jpg .jpeg .png .bmp .ppm .webp"
+    )
+
+
+def test_flat_imagenet_validation_is_sent_to_prepare(tmp_path):
+    folders(tmp_path, splits=["train"])
+    picture(tmp_path / "val/ILSVRC2012_val_00000001.JPEG")
+    assert fault(tmp_path, "classification") == (
+        "val/ holds loose images instead of class folders: "
+        "run mode=prepare prepare.labels=<csv with columns image,wnid> first"
+    )
+
+
+def test_validation_folder_of_another_name(tmp_path):
+    folders(tmp_path, splits=["train", "valid"])
+    assert fault(tmp_path, "classification") == (
+        "no class folders with images in val/: expected val/<class>/<image>; did you mean 'valid'?"
+    )
+
+
+def test_root_one_level_too_high(tmp_path):
+    folders(tmp_path / "ILSVRC/Data/CLS-LOC")
+    assert fault(tmp_path, "classification") == f"no train/ here: did you mean data.root={tmp_path}/ILSVRC/Data/CLS-LOC?"
+
+
+def test_check_finds_a_truncated_image(tmp_path):
+    path = picture(folders(tmp_path) / "val/dog/1.jpg", (64, 64))
+    path.write_bytes(path.read_bytes()[:700])
+    (finding,) = look(tmp_path, "classification", check=True)[1]
+    assert finding.startswith("val/dog/1.jpg: image file is truncated") and finding.endswith(": replace or remove it")
+
+
+def test_check_finds_what_is_no_image(tmp_path):
+    (folders(tmp_path) / "train/cat/0.jpg").write_text("404 not found")
+    assert look(tmp_path, "classification", check=True)[1] == [
+        "train/cat/0.jpg: cannot identify image file the file: replace or remove it"
+    ]
+
+
+# CIFAR-10.
+
+
+def cifar_arrays() -> dict[str, np.ndarray]:
+    """Images that say their number in their first two values."""
+    train, test = (np.zeros((n, 32, 32, 3), np.uint8) for n in (50000, 10000))
+    train[:, 0, 0, :2] = np.arange(50000, dtype="<u2").view(np.uint8).reshape(-1, 2)
+    labels = np.arange(50000) % 10
+    return {"train_x": train, "train_y": labels.astype(np.uint8), "test_x": test, "test_y": labels[:10000]}
+
+
+def batches(root: Path, arrays) -> Path:
+    """The five and one pickles that torchvision unpacks."""
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    parts = {f"data_batch_{i + 1}": ("train", slice(10000 * i, 10000 * (i + 1))) for i in range(5)}
+    for name, (split, rows) in {**parts, "test_batch": ("test", slice(None))}.items():
+        data = arrays[f"{split}_x"][rows].transpose(0, 3, 1, 2).reshape(10000, 3072)
+        (folder / name).write_bytes(pickle.dumps({"data": data, "labels": arrays[f"{split}_y"][rows].tolist()}, protocol=2))
+    return root
+
+
+def test_cifar10_in_both_forms_is_the_same_data(tmp_path):
+    arrays = cifar_arrays()
+    (tmp_path / "a").mkdir()
+    np.savez(tmp_path / "a/cifar10.npz", **arrays)
+    batches(tmp_path / "b", arrays)
+    one, other = (look(tmp_path / name, "classification") for name in "ab")
+    assert (one.n_train, one.n_val, one.classes) == (other.n_train, other.n_val, other.classes)
+    assert (one.n_train, one.n_val, one.classes[:2]) == (45000, 5000, ("airplane", "automobile"))
+    parts, same = layouts.cifar10(tmp_path / "a"), layouts.cifar10(tmp_path / "b")
+    for split, n in (("train", 45000), ("val", 5000), ("test", 10000)):
+        assert parts[split][0].shape == (n, 32, 32, 3) and parts[split][1].dtype == np.int64
+        assert all(np.array_equal(p, q) for p, q in zip(parts[split], same[split], strict=True))
+    train, val = (np.ascontiguousarray(parts[s][0][:, 0, 0, :2]).view("<u2").ravel() for s in ("train", "val"))
+    assert np.array_equal(np.sort([*train, *val]), np.arange(50000))
+    assert val[:4].tolist() == [24, 26, 28, 66] and (parts["val"][1] == val % 10).all()
+
+
+def test_cifar10_pickle_that_would_call_something_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "called",))
+
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
+        (tmp_path / "cifar-10-batches-py" / name).write_bytes(pickle.dumps({"data": Evil(), "labels": []}))
+    (finding,) = look(tmp_path, "classification", check=True)[1]
+    assert "data_batch_1 is not a CIFAR-10 batch (it asks for " in finding and not (tmp_path / "called").exists()
+
+
+def test_cifar10_npz_faults(tmp_path):
+    (tmp_path / "cifar10.npz").write_bytes(b"not a zip")
+    assert fault(tmp_path, "classification").startswith("cifar10.npz cannot be read (File is not a zip file)")
+    np.savez(tmp_path / "cifar10.npz", train_x=np.zeros((5, 32, 32, 3), np.uint8))
+    assert fault(tmp_path, "classification") == (
+        "cifar10.npz: train_x is (5, 32, 32, 3) instead of (50000, 32, 32, 3): build it again with get_cifar10.py"
+    )
+
+
+def test_cifar10_batch_absent(tmp_path):
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    (tmp_path / "cifar-10-batches-py/data_batch_1").write_bytes(b"")
+    assert fault(tmp_path, "classification") == (
+        "cifar-10-batches-py lacks 5 (data_batch_2, ...): unpack cifar-10-python.tar.gz again"
+    )
+
+
+# COCO.
+
+
+def coco(root: Path, **changes) -> Path:
+    """A set of two images and two objects a split; changes go into the training json."""
+    tables = {
+        "images": [{"id": i, "file_name": f"{i}.jpg", "width": 8, "height": 6} for i in (1, 2)],
+        "categories": [{"id": 3, "name": "cat"}, {"id": 9, "name": "dog"}],
+        "annotations": [
+            {"id": i, "image_id": i, "category_id": 3 * i * i - 3 * i + 3, "bbox": [1, 1, 3, 3], "area": 9, "iscrowd": 0,
+             "segmentation": [[1, 1, 4, 1, 4, 4, 1, 4]]}
+            for i in (1, 2)
+        ],
+    }  # fmt: skip
+    for split in ("train", "val"):
+        for i in (1, 2):
+            picture(root / f"{split}2017" / f"{i}.jpg")
+        (root / "annotations").mkdir(exist_ok=True)
+        (root / f"annotations/instances_{split}2017.json").write_text(json.dumps({**tables, **(changes if split == "train" else {})}))
+    return root
+
+
+def row(**changes) -> list[dict]:
+    return [{"id": 7, "image_id": 1, "category_id": 3, "bbox": [1, 1, 3, 3], "area": 9, "iscrowd": 0, "segmentation": [], **changes}]
+
+
+def test_coco_counts(tmp_path):
+    data = look(coco(tmp_path), "detection")
+    assert (data.n_train, data.n_val, data.classes) == (2, 2, ("cat", "dog"))
+
+
+def test_coco_trains_on_images_with_an_object_that_is_no_crowd(tmp_path):
+    assert look(coco(tmp_path, annotations=[*row(), *row(id=8, image_id=2, iscrowd=1)]), "detection").n_train == 1
+
+
+TRAIN = "annotations/instances_train2017.json"
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"annotations": []}, "the list of annotations is empty: training needs at least one"),
+        ({"images": []}, "the list of images is empty: training needs at least one"),
+        ({"annotations": row(category_id=4)},
+         "annotation 7 has category_id 4, which is not in categories: known ids: 3 to 9"),
+        ({"annotations": row(image_id=5)},
+         "annotation 7 has image_id 5, which is not in images: remove it or add the image"),
+        ({"annotations": row() * 2}, "two annotations have the same id: give each its own"),
+        ({"annotations": row(segmentation={"size": [8, 6], "counts": [48]})},
+         "annotation 7 has a mask of [8, 6], its image is [6, 8]: size is [height, width]"),
+        ({"annotations": row(segmentation=[[1, 1, 40, 1, 4, 4]])},
+         "annotation 7 has a polygon outside its image of 8 x 6: points are x, y in pixels"),
+    ],
+)  # fmt: skip
+def test_coco_faults(tmp_path, changes, line):
+    assert fault(coco(tmp_path, **changes), "detection") == f"{TRAIN}: {line}"
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../1.jpg", "a/../../1.jpg", "..\\1.jpg", ""])
+def test_coco_file_name_must_stay_inside(tmp_path, name):
+    images = [{"id": 1, "file_name": name, "width": 8, "height": 6}]
+    assert fault(coco(tmp_path, images=images, annotations=row()), "detection") == (
+        f"{TRAIN} names {name!r}, which leads out of the folder: give a relative path without .."
+    )
+
+
+def test_coco_image_absent(tmp_path):
+    (coco(tmp_path) / "val2017/2.jpg").unlink()
+    assert fault(tmp_path, "detection") == (
+        "annotations/instances_val2017.json lists images that are not in val2017/: 1 (2.jpg) of 2: "
+        "unpack val2017.zip here again"
+    )
+
+
+def test_coco_categories_must_agree(tmp_path):
+    categories = [{"id": 3, "name": "cat"}, {"id": 9, "name": "emu"}]
+    assert fault(coco(tmp_path, categories=categories), "detection") == (
+        "train and val do not have the same categories: 2 (dog, ...): both json files need the same list"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("{", " is not json, or cut short: unpack or write it again"),
+        ("[" * 100_000, " is not json, or cut short: unpack or write it again"),
+        ("[]", " is not of COCO's form (TypeError: list indices must be integers or slices, not str)"),
+        ('{"images": [{}]}', " is not of COCO's form (KeyError: 'id')"),
+    ],
+)
+def test_coco_json_of_another_form(tmp_path, text, line):
+    (coco(tmp_path) / TRAIN).write_text(text)
+    assert fault(tmp_path, "detection").startswith(TRAIN + line)
+
+
+def test_coco_without_annotations_folder(tmp_path):
+    shutil.move(coco(tmp_path) / "annotations", tmp_path / "annotation")
+    assert fault(tmp_path, "detection") == (
+        f"no {TRAIN}: unpack annotations_trainval2017.zip here; did you mean 'annotation'?"
+    )
+
+
+def test_coco_check_finds_other_sizes_and_degenerate_objects(tmp_path):
+    coco(tmp_path, annotations=[*row(segmentation=[[1, 1, 2, 2]]), *row(id=8, bbox=[1, 1, 0, 3])])
+    picture(tmp_path / "train2017/2.jpg", (6, 8))
+    end = ": they teach nothing; remove them"
+    assert look(tmp_path, "detection", check=True)[1] == [
+        "train2017/2.jpg: is (6, 8), listed as (8, 6): replace the image or mend its row in instances_train2017.json",
+        f"{TRAIN}: annotations with a polygon of less than 3 points: 1 (7){end}",
+        f"{TRAIN}: annotations with a box without area: 1 (8){end}",
+    ]
+
+
+def test_coco_summary_of_a_large_json_is_kept_until_the_file_changes(tmp_path, monkeypatch):
+    from tasks import coco_json
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    root = coco(tmp_path, info="x" * 5_000_000)
+    first = look(root, "detection")
+    monkeypatch.setattr(coco_json.json, "loads", lambda text: pytest.fail("parsed again") if len(text) > 10**6 else json.JSONDecoder().decode(str(text, "utf-8") if isinstance(text, bytes) else text))
+    assert look(root, "detection") == first
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    coco(tmp_path, info="x" * 5_000_001, annotations=row())
+    assert look(root, "detection").n_train == 1
+
+
+# Cityscapes.
+
+
+def streets(root: Path) -> Path:
+    for split in ("train", "val"):
+        for i in range(2):
+            stem = f"{split}/ulm/ulm_{i:06d}_000019"
+            picture(root / f"leftImg8bit/{stem}_leftImg8bit.png")
+            label = root / f"gtFine/{stem}_gtFine_labelTrainIds.png"
+            label.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((6, 8), i, np.uint8)).save(label)
+    return root
+
+
+def test_streets(tmp_path):
+    data, findings = look(streets(tmp_path), "segmentation", check=True)
+    assert (data.n_train, data.n_val, len(data.classes), findings) == (2, 2, 19, [])
+
+
+LABEL = "gtFine/val/ulm/ulm_000001_000019_gtFine_labelTrainIds.png"
+
+
+def test_streets_label_absent(tmp_path):
+    (streets(tmp_path) / LABEL).unlink()
+    assert fault(tmp_path, "segmentation") == f"labels absent: 1 ({LABEL}): unpack gtFine_trainvaltest.zip here"
+    (tmp_path / LABEL.replace("labelTrainIds", "labelIds")).write_text("")
+    assert fault(tmp_path, "segmentation") == (
+        f"labels absent: 1 ({LABEL}): run mode=prepare task=mine data.root={tmp_path} to make them"
+    )
+
+
+def test_streets_without_images(tmp_path):
+    shutil.move(streets(tmp_path) / "leftImg8bit", tmp_path / "leftimg8bit")
+    assert fault(tmp_path, "segmentation") == (
+        "no leftImg8bit/train/<city>/*_leftImg8bit.png: "
+        "unpack leftImg8bit_trainvaltest.zip here; did you mean 'leftimg8bit'?"
+    )
+
+
+@pytest.mark.parametrize(
+    ("pixels", "what"),
+    [
+        (np.full((6, 8), 19, np.uint8), "has unknown ids [19], known are 0 to 18 and 255"),
+        (np.full((8, 6), 0, np.uint8), "is 6 x 8, its picture 8 x 6"),
+        (np.zeros((6, 8, 3), np.uint8), "has colours instead of one id a pixel"),
+    ],
+)
+def test_check_finds_a_wrong_label(tmp_path, pixels, what):
+    Image.fromarray(pixels).save(streets(tmp_path) / LABEL)
+    assert look(tmp_path, "segmentation", check=True)[1] == [f"{LABEL}: {what}: remove it and run mode=prepare"]
+
+
+# Kinetics.
+
+
+def clip(path: Path, frames: int = 8) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tiny.encode(path, [np.full((16, 16, 3), 20 * i, np.uint8) for i in range(frames)])
+    return path
+
+
+def sound(path: Path) -> Path:
+    import av
+
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        frame.rate = 16000
+        out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    return path
+
+
+OFFICIAL = "label,youtube_id,time_start,time_end,split\n"
+
+
+def videos(root: Path) -> Path:
+    for split in ("train", "val"):
+        rows = [("sit down", "aa", 3, 13), ("walk", "bb", 0, 10)]
+        for label, name, start, end in rows:
+            clip(root / split / label.replace(" ", "_") / f"{name}_{start:06d}_{end:06d}.mp4")
+        (root / f"{split}.csv").write_text(OFFICIAL + "".join(f"{x},{n},{s},{e},{split}\n" for x, n, s, e in rows))
+    return root
+
+
+def test_official_csv(tmp_path):
+    data, findings = look(videos(tmp_path), "video", check=True)
+    assert (data.n_train, data.n_val, data.classes, findings) == (2, 2, ("sit down", "walk"), [])
+    assert layouts.clips(tmp_path, "val")[1][1] == (f"{tmp_path}/val/walk/bb_000000_000010.mp4", 1)
+
+
+@pytest.mark.parametrize("form", ["{split}/{label}", "{split}"])
+def test_official_csv_finds_other_spellings_of_the_folders(tmp_path, form):
+    videos(tmp_path)
+    for split in ("train", "val"):
+        for label in ("sit down", "walk"):
+            folder = tmp_path / form.format(split=split, label=label)
+            folder.mkdir(exist_ok=True)
+            for file in list((tmp_path / split / label.replace(" ", "_")).iterdir()):
+                file.rename(folder / file.name)
+        for folder in [d for d in (tmp_path / split).iterdir() if d.is_dir() and not any(d.iterdir())]:
+            folder.rmdir()
+    assert look(tmp_path, "video").n_train == 2
+
+
+def test_manifest_comes_before_the_csv_and_takes_both_separators(tmp_path):
+    videos(tmp_path)
+    (tmp_path / "train_list.csv").write_text("train/walk/bb_000000_000010.mp4 1\n")
+    (tmp_path / "val_list.csv").write_text("val/walk/bb_000000_000010.mp4,1\n\n")
+    (tmp_path / "classes.txt").write_text("sit down\nwalk\n")
+    data = look(tmp_path, "video")
+    assert (data.n_train, data.n_val, data.classes) == (1, 1, ("sit down", "walk"))
+
+
+def test_lost_and_broken_clips_are_counted_and_left_out(tmp_path):
+    videos(tmp_path)
+    lost, broken = "train/walk/bb_000000_000010.mp4", "val/sit_down/aa_000003_000013.mp4"
+    (tmp_path / lost).unlink()
+    (tmp_path / broken).write_bytes((tmp_path / broken).read_bytes()[:-40])
+    data, findings = look(tmp_path, "video", check=True)
+    assert (data.n_train, data.n_val, data.missing) == (1, 1, (lost, broken))
+    end = ": training leaves it out; get it again or take it off the list"
+    assert findings[0] == f"{lost}: absent{end}"
+    assert findings[1].startswith(f"{broken}: cut short or not an mp4 (") and findings[1].endswith(end)
+    (tmp_path / "val/walk/bb_000000_000010.mp4").write_text("<html>gone</html>")
+    assert fault(tmp_path, "video") == (
+        "none of the 2 clips that val lists can be read, first val/sit_down/aa_000003_000013.mp4: "
+        "data.root is the folder that holds train/ and val/"
+    )
+
+
+def test_clip_without_video_is_missing(tmp_path):
+    sound(videos(tmp_path) / "val/walk/bb_000000_000010.mp4")
+    assert look(tmp_path, "video").missing == ("val/walk/bb_000000_000010.mp4",)
+    assert layouts.mp4_fault(tmp_path / "val/walk/bb_000000_000010.mp4") == "no video stream"
+
+
+def test_check_finds_clips_that_are_too_short_or_damaged_inside(tmp_path):
+    clip(videos(tmp_path) / "train/walk/bb_000000_000010.mp4", frames=5)
+    damaged = tmp_path / "val/walk/bb_000000_000010.mp4"
+    content = bytearray(damaged.read_bytes())
+    start = content.index(b"mdat") + 4
+    content[start : content.index(b"moov") - 4] = bytes(content.index(b"moov") - 4 - start)
+    damaged.write_bytes(content)
+    data, findings = look(tmp_path, "video", check=True)
+    assert findings[0] == (
+        "train/walk/bb_000000_000010.mp4: 5 frames, 8 are needed: get it again or take it off the list"
+    )
+    assert findings[1].startswith("val/walk/bb_000000_000010.mp4: ") and len(findings) == 2
+    assert data.missing == ("train/walk/bb_000000_000010.mp4", "val/walk/bb_000000_000010.mp4")
+
+
+def test_mp4_boxes_that_lie_about_their_length_end(tmp_path):
+    for head in (struct.pack(">I4s", 0, b"free"), struct.pack(">I4sQ", 1, b"moov", 2**62), struct.pack(">I4s", 3, b"moov")):
+        (tmp_path / "x.mp4").write_bytes(head + bytes(20))
+        assert layouts.mp4_fault(tmp_path / "x.mp4") == f"cut short or not an mp4 ({len(head) + 20} bytes)"
+
+
+@pytest.mark.parametrize(
+    ("lists", "line"),
+    [
+        ("walk.mp4\n", "train_list.csv line 1 is 'walk.mp4': expected `path index`, e.g. train/walk/a.mp4 0"),
+        ("\n", "train_list.csv lists no clip: remove it, or run mode=prepare to write it"),
+        ("../a.mp4 0\n", "train_list.csv line 1 names '../a.mp4', which leads out of the folder: give a relative path without .."),
+        ("a.mp4 0\n/b.mp4 0\n", "train_list.csv line 2 names '/b.mp4', which leads out of the folder: give a relative path without .."),
+        ("a.mp4 5\n", "train_list.csv has class index 5 and classes.txt 2 names: indices count from 0"),
+    ],
+)
+def test_manifest_faults(tmp_path, lists, line):
+    (videos(tmp_path) / "train_list.csv").write_text(lists)
+    (tmp_path / "classes.txt").write_text("sit down\nwalk\n")
+    assert fault(tmp_path, "video") == line
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("label,id\nwalk,3\n", "train.csv has no column youtube_id: expected the official label,youtube_id,time_start,time_end,split"),
+        (OFFICIAL, "train.csv lists no clip: expected the official label,youtube_id,time_start,time_end,split"),
+        (OFFICIAL + "walk,aa,x,3,train\n", "train.csv line 2 has no whole seconds: time_start and time_end are integers"),
+        (OFFICIAL + "../x,aa,1,3,train\n", "train.csv has the label '../x': a label is the name of a folder"),
+        (OFFICIAL + "walk,../../aa,1,3,train\n",
+         "train.csv line 2 names 'train/walk/../../aa_000001_000003.mp4', which leads out of the folder: give a relative path without .."),
+    ],
+)  # fmt: skip
+def test_official_csv_faults(tmp_path, text, line):
+    (videos(tmp_path) / "train.csv").write_text(text)
+    assert fault(tmp_path, "video") == line
+
+
+def test_classes_must_agree(tmp_path):
+    (videos(tmp_path) / "val.csv").write_text(OFFICIAL + "walk,bb,0,10,val\n")
+    assert fault(tmp_path, "video") == (
+        "train and val do not name the same classes: 1 (sit down): both lists need every class"
+    )
+
+
+def test_no_list_at_all(tmp_path):
+    (videos(tmp_path) / "val.csv").rename(tmp_path / "valid.csv")
+    assert fault(tmp_path, "video") == (
+        "no val_list.csv and no val.csv: give a manifest (`path index` a line) or the official csv; did you mean 'valid.csv'?"
+    )
