@@ -63,7 +63,8 @@ def load(path: Path) -> dict[str, Any] | None:
             broken.append(candidate.name)
             continue
         if broken:  # out of the way, or the next save would put it in the place of the good one
-            os.replace(path, path.with_name(f"{path.stem}.broken{path.suffix}"))
+            with suppress(FileNotFoundError):  # another rank was faster
+                os.replace(path, path.with_name(f"{path.stem}.broken{path.suffix}"))
         return content
     if broken:
         raise BrokenCheckpoint(f"{path.parent}: no whole checkpoint ({', '.join(broken)} broken); remove to start over")

@@ -6,6 +6,7 @@ with (seed, k). Nothing is skipped by decoding it, and no loader state is saved.
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -94,3 +95,10 @@ def ignore_stop_signals(worker: int = 0) -> None:
     """A data worker leaves signals to the trainer, which saves and ends it."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_workers() -> None:
+    """End what data workers are left. They ignore SIGTERM, so an interpreter that exits would wait for a stuck one."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from budgeted import checkpoint
 from budgeted.cells import RESULT_SCHEMA, now
-from budgeted.data import STOP_SIGNALS, Batches, loader
+from budgeted.data import STOP_SIGNALS, Batches, end_workers, loader
 from budgeted.distributed import World
 from budgeted.errors import UserError
 from budgeted.files import finite
@@ -354,7 +354,23 @@ class Session:
         if content is None:
             self._cut_metrics(0)
             return
+        try:
+            self._take(content)
+        except (KeyError, TypeError, AttributeError) as error:
+            what = f"{type(error).__name__}: {error}"
+            raise checkpoint.BrokenCheckpoint(
+                f"{self.cell.checkpoint} does not hold what a run saves ({what})"
+            ) from error
+        self.resumed += 1
+        if self.recipe.seconds:
+            self._read_clock()
+        self._cut_metrics(self.step)
+        log.info("%s goes on at step %d", self.cell.name, self.step)
+
+    def _take(self, content: dict[str, Any]) -> None:
         self._refuse_other(content)
+        if type(content["step"]) is not int or not 0 <= content["step"] <= self.total:
+            raise TypeError(f"step is {content['step']!r}")
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.scheduler.load_state_dict(content["scheduler"])
@@ -363,11 +379,6 @@ class Session:
         self._evaluated_at, self.started = content["evaluated_at"], content["first_started"]
         for name, value in content["counters"].items():
             setattr(self, name, value)
-        self.resumed += 1
-        if self.recipe.seconds:
-            self._read_clock()
-        self._cut_metrics(self.step)
-        log.info("%s goes on at step %d", self.cell.name, self.step)
 
     def _refuse_other(self, content: dict[str, Any]) -> None:
         """A checkpoint of another recipe or budget is an error that says what differs."""
@@ -442,6 +453,7 @@ class Session:
     def close(self) -> None:
         """Give signals and files back; safe to call at any time."""
         self._release_signals()
+        end_workers()
         if hasattr(self, "_bar"):
             self._bar.close()
         if hasattr(self, "metrics_file"):
