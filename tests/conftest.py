@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,21 @@ def toy_recipe(out: Path, schedule: str = "linear", amount: str = "20it", **chan
         cell=Cell("toy", schedule, amount, cfg["seed"], signature(fields), False, out),
         fields=fields,
     )
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """What the suite's log says at any level, wherever it is sent."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    log = logging.getLogger("budgeted")
+    before = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.DEBUG)
+    yield lines
+    log.removeHandler(handler)
+    log.setLevel(before)
 
 
 @pytest.fixture
