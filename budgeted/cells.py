@@ -69,7 +69,8 @@ class Cell:
         reported = found.get("reported")
         if found.get("signature") != self.signature or not isinstance(reported, dict):
             return None
-        return found if isinstance(reported.get("value"), int | float) else None
+        value = reported.get("value")
+        return found if isinstance(value, int | float) and not isinstance(value, bool) else None
 
     @property
     def state(self) -> str:

@@ -60,7 +60,7 @@ class Recipe:
 
 
 def resolve(cfg: Config, named: Config, data: DataSummary, gpus: int = 1) -> Recipe:
-    """The recipe that `cfg` describes. `named`: the same choice of groups with nothing overridden.
+    """The recipe that `cfg` describes. `named`: what the same task, schedule and budget are with nothing else said.
 
     Raises UserError where a value is out of range, the budget comes to nothing or the batch exceeds the data.
     """

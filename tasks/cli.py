@@ -171,8 +171,9 @@ def _check_values(cfg: Config, named: Config) -> None:
 
 
 def _recipe(cfg: Config, choices: Mapping[str, str]) -> Recipe:
-    named = _assembled(tuple(sorted(choices.items())))
-    _check_values(cfg, named)
+    _check_values(cfg, _assembled(tuple(sorted(choices.items()))))
+    # A cell's directory says task, schedule and budget: another optimizer departs from it like any other value.
+    named = _assembled(tuple(sorted((k, v) for k, v in choices.items() if k != "optimizer")))
     if cfg["schedule"].get("run") == "???":
         raise UserError(f"schedule={cfg['schedule']['name']}: needs schedule.run=DIR, the directory of an earlier run")
     own = cfg["optimizer"].get("lr")
