@@ -22,6 +22,7 @@ def run(words: Sequence[str], launcher: Any, batch: int | None) -> int:
     try:
         jobs = cli.expand(words)
         recipes = cli.recipes(jobs)
+        _refuse_twins(jobs, recipes)
         mode = _mode(words)
         if mode != "train":
             return _show(mode, recipes)
@@ -37,6 +38,16 @@ def run(words: Sequence[str], launcher: Any, batch: int | None) -> int:
         return 0
     _launch([jobs[k] for k in todo], launcher, batch)
     return _gather([recipes[k] for k in todo])
+
+
+def _refuse_twins(jobs: Sequence[tuple[str, ...]], recipes: Sequence[Recipe]) -> None:
+    """Two cells that differ only in what is no part of a cell (a path, a worker count) would share a directory."""
+    seen: dict[Path, tuple[str, ...]] = {}
+    for job, recipe in zip(jobs, recipes, strict=True):
+        twin = seen.setdefault(recipe.cell.directory, job)
+        if twin is not job:
+            differ = ", ".join(sorted({w.split("=", 1)[0] for w in set(job) ^ set(twin)}))
+            raise UserError(f"{recipe.cell.name} would be run twice: {differ} is no part of a cell; give another out=")
 
 
 def _mode(words: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ with (seed, k). Nothing is skipped by decoding it, and no loader state is saved.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -91,14 +92,18 @@ def loader(
     )
 
 
+# Set while a session closes. Until then data workers leave SIGTERM to the trainer, which saves and ends them; after
+# it they obey, or an interpreter that exits would wait for a stuck one for ever.
+_closing = multiprocessing.Event()
+
+
 def ignore_stop_signals(worker: int = 0) -> None:
-    """A data worker leaves signals to the trainer, which saves and ends it."""
+    """In a data worker: leave signals to the trainer."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0) if _closing.is_set() else None)
 
 
-def end_workers() -> None:
-    """End what data workers are left. They ignore SIGTERM, so an interpreter that exits would wait for a stuck one."""
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()
+def let_workers_end(yes: bool) -> None:
+    """From now on, do data workers end on SIGTERM?"""
+    _closing.set() if yes else _closing.clear()

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from budgeted import checkpoint
 from budgeted.cells import RESULT_SCHEMA, now
-from budgeted.data import STOP_SIGNALS, Batches, end_workers, loader
+from budgeted.data import STOP_SIGNALS, Batches, let_workers_end, loader
 from budgeted.distributed import World
 from budgeted.errors import UserError
 from budgeted.files import finite
@@ -116,6 +116,7 @@ class Session:
         if self.world.is_main:
             self.metrics_file = open(self.cell.metrics, "a")  # noqa: SIM115
         self._catch_signals()
+        let_workers_end(False)
         self._bar = tqdm(
             total=self.horizon or 100,
             initial=self.step if self.horizon else int(100 * self._clock),
@@ -453,7 +454,7 @@ class Session:
     def close(self) -> None:
         """Give signals and files back; safe to call at any time."""
         self._release_signals()
-        end_workers()
+        let_workers_end(True)
         if hasattr(self, "_bar"):
             self._bar.close()
         if hasattr(self, "metrics_file"):

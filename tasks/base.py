@@ -136,7 +136,10 @@ LOST_PEER = ("gloo", "NCCL", "onnection closed", "onnection reset", "Broken pipe
 
 def one_line(error: BaseException) -> str:
     """What went wrong, in one line, with what to do where that is known."""
-    first = " ".join(str(error).split())[:500] or type(error).__name__
+    text = str(error)
+    if "Original Traceback" in text:  # from a data worker: torch puts the traceback into the message
+        text = text.strip().splitlines()[-1].partition(": ")[2]
+    first = " ".join(text.split())[:500] or type(error).__name__
     if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or "out of memory" in first.lower():
         return f"out of memory: {first}; try micro_batch= or precision=bf16"
     return first if isinstance(error, UserError) else f"{type(error).__name__}: {first}"

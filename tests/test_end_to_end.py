@@ -1,0 +1,213 @@
+"""The suite as a user runs it: commands, exit codes, files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ("imagenet_tiny", "kinetics_tiny", "coco_tiny", "cityscapes_tiny")
+
+
+def command(*words: str) -> list[str]:
+    return [sys.executable, "-W", "ignore", str(ROOT / "run.py"), *words]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "BUDGETED_BAR": "0", "OMP_NUM_THREADS": "1"}
+
+
+def run(*words: str, expect: int = 0, cwd: Path = ROOT) -> str:
+    done = subprocess.run(command(*words), capture_output=True, text=True, env=environment(), cwd=cwd, timeout=300)
+    assert done.returncode == expect, f"{words}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout + done.stderr
+
+
+def lines(path: Path) -> list[dict]:
+    """metrics.jsonl without its times."""
+    return [{k: v for k, v in json.loads(x).items() if k != "seconds"} for x in path.read_text().splitlines()]
+
+
+def results(out: Path) -> dict[str, dict]:
+    return {str(p.parent.relative_to(out)): json.loads(p.read_text()) for p in out.glob("*/*/*/*/result.json")}
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_once_and_its_report_shows_it(tmp_path):
+    words = ("-m", "task=imagenet_tiny", "schedule=step,linear", "budget.amount=2it,5it", "seed=0,1", f"out={tmp_path}")
+    assert "8 of 8 cells done" in run(*words)
+    found = results(tmp_path)
+    assert len(found) == 8
+    assert {r["iterations_done"] for r in found.values()} == {2, 5}
+    stamps = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/*/*/*/*")}
+    again = run(*words)
+    assert "8 done" in again and "nothing to launch" in again
+    assert stamps == {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/*/*/*/*")}
+    page = run("mode=report", f"out={tmp_path}")
+    assert "imagenet_tiny" in page
+    report = tmp_path / "report"
+    assert {"index.html", "table.md", "table.csv"} <= {p.name for p in report.iterdir()}
+    assert list(report.glob("*.png"))
+    assert "8 done" in run("mode=status", f"out={tmp_path}")
+
+
+@pytest.mark.slow
+def test_a_failing_cell_does_not_stop_the_others(tmp_path):
+    words = ("-m", "task=imagenet_tiny", "task.weights=/nope.pt,none", "budget.amount=1it", f"out={tmp_path}")
+    said = run(*words, expect=1)
+    assert "1 of 2 cells done" in said
+    assert "failed: task.weights=/nope.pt: no such file" in said
+    assert [r["status"] for r in results(tmp_path).values()] == ["done"]
+    states = [json.loads(p.read_text())["state"] for p in tmp_path.glob("*/*/*/*/state.json")]
+    assert sorted(states) == ["done", "failed"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_does_not_decode_is_named(tmp_path, workers):
+    run("mode=check")  # writes the embedded data
+    data = tmp_path / "photos"
+    shutil.copytree(ROOT / "data" / "imagenet_tiny", data)
+    for image in data.glob("train/*/*"):
+        image.write_bytes(image.read_bytes()[:100])
+    said = run(
+        "budget.amount=1it", f"data.root={data}", f"data.workers={workers}", f"out={tmp_path / 'runs'}", expect=2
+    )
+    assert f"failed: {data}/train/" in said and "cannot be decoded" in said
+    assert "Traceback" not in said
+    assert "Traceback" in next((tmp_path / "runs").glob("*/*/*/*/run.log")).read_text()
+
+
+def test_cells_that_would_share_a_directory_are_refused(tmp_path):
+    """Paths are no part of a cell: two data roots with the same counts would be one run."""
+    said = run("-m", "data.workers=0,1", f"out={tmp_path}/runs", expect=2)
+    assert "imagenet_tiny/linear/10%/s0" in said and "data.workers" in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_one_cell_leaves_the_files_of_the_contract(tmp_path):
+    run("budget.amount=3it", f"out={tmp_path}")
+    cell = tmp_path / "imagenet_tiny" / "linear" / "3it" / "s0"
+    names = {"config.yaml", "metrics.jsonl", "result.json", "state.json", "checkpoint.pt", "run.log", "lock"}
+    assert {p.name for p in cell.iterdir()} == names
+    trace = [x for x in lines(cell / "metrics.jsonl") if "lr" in x]
+    assert [x["step"] for x in trace] == [0, 1, 2]
+    assert [x["lr"] for x in trace] == pytest.approx([0.1, 0.1 * 2 / 3, 0.1 / 3], rel=1e-9)
+    result = json.loads((cell / "result.json").read_text())
+    wanted = """schema task schedule optimizer budget seed signature status reported metrics iterations_done samples_seen
+        train_seconds eval_seconds data_wait_seconds compile_seconds samples_per_second peak_memory_bytes device precision
+        world_size resumed data weights_sha256 versions git started finished"""
+    assert set(wanted.split()) <= set(result)
+    assert result["samples_seen"] == 3 * 32
+    assert result["budget"] == {"amount": "3it", "fraction": 3 / 620, "iterations": 3, "full_iterations": 620}
+    assert result["reported"]["value"] == result["metrics"]["top1"]["best"]
+    import torch
+
+    saved = torch.load(cell / "checkpoint.pt", weights_only=True)
+    assert (saved["total"], saved["step"]) == (3, 3)
+
+
+def _started(words: tuple[str, ...], metrics: Path, after: int) -> subprocess.Popen:
+    """The process of `words`, once it has logged `after` lines."""
+    process = subprocess.Popen(
+        command(*words), env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if metrics.exists() and metrics.read_bytes().count(b"\n") >= after:
+            return process
+        time.sleep(0.02)
+    out = process.communicate(timeout=5)[0] if process.poll() is not None else ""
+    raise AssertionError(f"{words}: never logged {after} lines\n{out}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TINY)
+def test_killed_twice_is_the_same_as_never(task, tmp_path):
+    """SIGKILL at two steps, then SIGTERM, with 2 workers and with none: the same weights, metrics and lines."""
+    words = (f"task={task}", "budget.amount=12it", "checkpoint.every=3it", "task.eval_every=5it")
+    run(*words, "data.workers=0", f"out={tmp_path / 'whole'}")
+    cell = Path(task) / "linear" / "12it"
+    out = tmp_path / "killed"
+    directory = next((tmp_path / "whole" / cell).iterdir()).name
+    metrics = out / cell / directory / "metrics.jsonl"
+    for after, number, workers in ((4, signal.SIGKILL, 2), (8, signal.SIGKILL, 0), (10, signal.SIGTERM, 2)):
+        process = _started((*words, f"data.workers={workers}", f"out={out}"), metrics, after)
+        process.send_signal(number)
+        process.communicate(timeout=60)
+    state = json.loads((metrics.parent / "state.json").read_text())
+    if state["state"] == "partial":  # a saved step is not repeated: SIGTERM's checkpoint holds all that was logged
+        steps = [x["step"] for x in lines(metrics) if "lr" in x]
+        assert state["step"] == steps[-1] + 1
+    run(*words, "data.workers=2", f"out={out}")
+    whole = tmp_path / "whole" / cell / directory
+    assert lines(metrics) == lines(whole / "metrics.jsonl")
+    one, other = (json.loads((d / "result.json").read_text()) for d in (whole, metrics.parent))
+    assert other["resumed"] >= 2 and one["resumed"] == 0
+    for key in ("weights_sha256", "metrics", "samples_seen", "iterations_done"):
+        assert one[key] == other[key]
+
+
+@pytest.mark.slow
+def test_two_processes_on_one_cell(tmp_path):
+    words = ("budget.amount=60it", f"out={tmp_path}")
+    metrics = tmp_path / "imagenet_tiny" / "linear" / "60it" / "s0" / "metrics.jsonl"
+    first = _started(words, metrics, 1)
+    said = run(*words)
+    assert f"process {first.pid}" in said
+    assert first.wait(timeout=120) == 0
+    assert [x["step"] for x in lines(metrics) if "lr" in x] == list(range(60))
+
+
+@pytest.mark.slow
+def test_a_lock_of_a_killed_process_is_taken_over_at_once(tmp_path):
+    words = ("budget.amount=40it", f"out={tmp_path}", "data.workers=2", "checkpoint.every=5it")
+    metrics = tmp_path / "imagenet_tiny" / "linear" / "40it" / "s0" / "metrics.jsonl"
+    first = _started(words, metrics, 6)
+    first.kill()
+    first.wait(timeout=10)
+    run(*words)
+    assert [x["step"] for x in lines(metrics) if "lr" in x] == list(range(40))
+
+
+@pytest.mark.slow
+def test_a_clock_budget_killed_twice_ends_on_time(tmp_path):
+    """6 seconds of training, whatever happens in between, with the rate at the schedule's end."""
+    words = ("budget.amount=0.1min", f"out={tmp_path}", "checkpoint.minutes=0.01", "task.eval_every=100%")
+    metrics = tmp_path / "imagenet_tiny" / "linear" / "0.1min" / "s0" / "metrics.jsonl"
+    for after in (10, 30):
+        process = _started(words, metrics, after)
+        process.terminate()
+        process.communicate(timeout=60)
+    run(*words)
+    result = json.loads((metrics.parent / "result.json").read_text())
+    trace = [x for x in lines(metrics) if "lr" in x]
+    assert result["train_seconds"] == pytest.approx(6.0, abs=0.6)
+    assert result["resumed"] == 2
+    assert trace[-1]["lr"] < 0.01 < trace[0]["lr"]
+    assert [x["step"] for x in trace] == list(range(len(trace)))
+    assert all(x["lr"] == pytest.approx(0.1 * (1 - x["progress"]), rel=1e-9) for x in trace)
+
+
+@pytest.mark.slow
+def test_two_ranks_train_what_one_process_trains(tmp_path):
+    words = ("task=imagenet_tiny", "budget.amount=4it", "task.eval_every=100%")
+    run(*words, f"out={tmp_path / 'one'}")
+    torchrun = [str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node=2", "--master_port=29571"]
+    done = subprocess.run(
+        [*torchrun, str(ROOT / "run.py"), *words, f"out={tmp_path / 'two'}"],
+        capture_output=True, text=True, env=environment(), cwd=ROOT, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    cell = Path("imagenet_tiny/linear/4it/s0")
+    one, two = (lines(tmp_path / d / cell / "metrics.jsonl") for d in ("one", "two"))
+    assert [x["lr"] for x in one if "lr" in x] == [x["lr"] for x in two if "lr" in x]
+    assert one[0]["loss"] == pytest.approx(two[0]["loss"], rel=1e-5)
+    assert one[-1]["eval"]["top1"] == pytest.approx(two[-1]["eval"]["top1"], abs=1e-4)
