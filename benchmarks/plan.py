@@ -30,7 +30,7 @@ def price(recipes: Sequence[Recipe]) -> list[dict[str, Any]]:
                 "epochs": None if r.total is None else float(r.total / r.epoch.iterations),
                 "seconds": r.seconds if r.seconds else samples / rate if samples is not None and rate else None,
                 "bytes": size,
-                "data": "present" if r.data.root.is_dir() else "generated on first use",
+                "data": _data(r),
             }
         )
     return rows
@@ -67,6 +67,12 @@ def show(recipes: Sequence[Recipe]) -> None:
     output = console()
     output.print(table)
     output.print(_total(rows))
+
+
+def _data(recipe: Recipe) -> str:
+    if recipe.data.root.is_dir():
+        return "present"
+    return "made on first use" if recipe.cell.task.endswith("_tiny") else f"not in {recipe.data.root}"
 
 
 def _total(rows: list[dict[str, Any]]) -> str:

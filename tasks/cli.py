@@ -182,8 +182,21 @@ def _recipe(cfg: Config, choices: Mapping[str, str]) -> Recipe:
         raise UserError(
             f"task.lr={cfg['task']['lr']}: is the rate of sgd; with optimizer={name} set optimizer.lr ({own})"
         )
-    data = _inspect(cfg["task"]["name"], str(cfg["data"]["root"]), cfg["data"]["subset"], cfg["task"]["adapter"])
+    data = _nominal(cfg) if cfg["mode"] in ("plan", "status") else None
+    if data is None:
+        data = _inspect(cfg["task"]["name"], str(cfg["data"]["root"]), cfg["data"]["subset"], cfg["task"]["adapter"])
     return resolve(cfg, named, data)
+
+
+def _nominal(cfg: Config) -> layouts.Data | None:
+    """The data that the recipe is for, where they are not here: enough to price a cell, not to train it."""
+    task, root = cfg["task"], Path(str(cfg["data"]["root"])).expanduser()
+    samples = task.get("samples") or (task["batch_size"] if task["full"].endswith("it") else None)
+    if root.is_dir() or samples is None:
+        return None
+    samples = min(samples, cfg["data"]["subset"] or samples)
+    classes = tuple(str(k) for k in range(task["classes"] or 0))
+    return layouts.Data(task["name"], root, samples, task.get("val_samples") or 0, classes)
 
 
 @functools.cache
