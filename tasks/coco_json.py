@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from tasks.folder import SPLITS, Data, inside, names, near, some, wrong
+from tasks.folder import SPLITS, Data, names, near, refuse_outside, some, wrong
 
 log = logging.getLogger("budgeted")
 
@@ -55,7 +55,7 @@ def tables_of(root: Path, path: Path) -> dict[str, Any]:
         tables = json.loads(path.read_bytes())
         fault = next(_faults(tables), None)
         for image in tables["images"]:
-            inside(root, image["file_name"], str(where))
+            refuse_outside(root, image["file_name"], str(where))
     except (ValueError, RecursionError):
         raise wrong(root, f"{where} is not json, or cut short", "unpack or write it again") from None
     except (LookupError, TypeError, AttributeError) as error:

@@ -23,16 +23,19 @@ LOCAL = {"protocol_whitelist": "file"}  # a playlist that calls itself .mp4 reac
 
 
 def findings(cfg: Mapping[str, Any], data: Data, sample: int) -> tuple[Data, list[str]]:
-    """Decode up to `sample` files of each split."""
-    look: dict[str, Callable[[Data, int, int], Iterator[str]]] = {
+    """data with the clips that cannot be decoded among the missing, and a line for each finding in up to `sample` files
+    of each split."""
+    look: dict[str, Callable[[Data, int, int], Iterator[tuple[str, str]]]] = {
         "classification": _pictures,
         "segmentation": _labels,
         "detection": _objects,
         "video": _clips,
     }
-    found = list(look[cfg["task"]["adapter"]](data, sample, int(cfg["task"].get("frames", 1))))
-    broken = [f.split(": ", 1)[0] for f in found] if cfg["task"]["adapter"] == "video" else []
-    return replace(data, missing=(*data.missing, *sorted(set(broken) - set(data.missing)))), found
+    adapter = cfg["task"]["adapter"]
+    found = list(look[adapter](data, sample, int(cfg["task"].get("frames", 1))))
+    if adapter == "video":
+        data = replace(data, missing=tuple(dict.fromkeys((*data.missing, *(path for path, _ in found)))))
+    return data, [f"{path}: {what}" for path, what in found]
 
 
 def _some_of(items: Sequence[Any], sample: int) -> list[Any]:
@@ -87,47 +90,48 @@ def _within(data: Data, path: str | Path) -> str:
     return str(Path(path).relative_to(data.root))
 
 
-def _pictures(data: Data, sample: int, _: int) -> Iterator[str]:
+def _pictures(data: Data, sample: int, _: int) -> Iterator[tuple[str, str]]:
     if layouts.is_cifar10(data.root):
         try:
             parts = layouts.cifar10(data.root)
         except UserError as error:
-            yield str(error)
+            path, _sep, what = str(error).partition(": ")
+            yield path, what
             return
         for split, (_images, numbers) in parts.items():
             if numbers.min() < 0 or numbers.max() > 9:
-                yield f"{split}: labels go from {numbers.min()} to {numbers.max()}, not 0 to 9: get the set again"
+                yield split, f"labels go from {numbers.min()} to {numbers.max()}, not 0 to 9: get the set again"
         return
     for split in SPLITS:
         for path, _ in _some_of(layouts.images(data.root, split)[1], sample):
             fault = picture_fault(path)
             if fault:
-                yield f"{_within(data, path)}: {fault}: replace or remove it"
+                yield _within(data, path), f"{fault}: replace or remove it"
 
 
-def _labels(data: Data, sample: int, _: int) -> Iterator[str]:
+def _labels(data: Data, sample: int, _: int) -> Iterator[tuple[str, str]]:
     for split in SPLITS:
         for picture, label in _some_of(layouts.streets(data.root, split), sample):
             fault = picture_fault(picture)
             if fault:
-                yield f"{_within(data, picture)}: {fault}: unpack leftImg8bit_trainvaltest.zip again"
+                yield _within(data, picture), f"{fault}: unpack leftImg8bit_trainvaltest.zip again"
             elif fault := label_fault(picture, label):
-                yield f"{_within(data, label)}: {fault}: remove it and run mode=prepare"
+                yield _within(data, label), f"{fault}: remove it and run mode=prepare"
 
 
-def _clips(data: Data, sample: int, least: int) -> Iterator[str]:
+def _clips(data: Data, sample: int, least: int) -> Iterator[tuple[str, str]]:
     for clip in data.missing:
         there = (data.root / clip).is_file()
         fault = layouts.mp4_fault(data.root / clip) if there else "absent"
-        yield f"{clip}: {fault}: training leaves it out; get it again or take it off the list"
+        yield clip, f"{fault}: training leaves it out; get it again or take it off the list"
     for split in SPLITS:
         for path, _ in _some_of(layouts.clips(data.root, split)[1], sample):
             fault = clip_fault(path, least)
             if fault:
-                yield f"{_within(data, path)}: {fault}: get it again or take it off the list"
+                yield _within(data, path), f"{fault}: get it again or take it off the list"
 
 
-def _objects(data: Data, sample: int, _: int) -> Iterator[str]:
+def _objects(data: Data, sample: int, _: int) -> Iterator[tuple[str, str]]:
     for split in SPLITS:
         path, folder = layouts.coco_files(data.root, split)
         tables = tables_of(data.root, path)
@@ -135,14 +139,14 @@ def _objects(data: Data, sample: int, _: int) -> Iterator[str]:
             file = folder / image["file_name"]
             fault = picture_fault(file) or _other_size(file, image)
             if fault:
-                yield f"{_within(data, file)}: {fault}: replace the image or mend its row in {path.name}"
+                yield _within(data, file), f"{fault}: replace the image or mend its row in {path.name}"
         for what, test in (
             ("a polygon of less than 3 points", _degenerate),
             ("a box without area", lambda row: min(row["bbox"][2:]) <= 0),
         ):
             ids = [str(row["id"]) for row in tables["annotations"] if test(row)]
             if ids:
-                yield f"{_within(data, path)}: annotations with {what}: {some(ids)}: they teach nothing; remove them"
+                yield _within(data, path), f"annotations with {what}: {some(ids)}: they teach nothing; remove them"
 
 
 def _other_size(file: Path, row: Mapping[str, Any]) -> str | None:

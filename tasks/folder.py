@@ -6,7 +6,7 @@ import difflib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from budgeted.errors import UserError
 
@@ -29,12 +29,10 @@ def wrong(root: Path, what: str, fix: str) -> UserError:
     return UserError(f"data.root={root}: {what}: {fix}")
 
 
-def inside(root: Path, name: str, source: str) -> Path:
-    """root/name for a relative name that stays in root. Raises UserError for an absolute one or one with `..`."""
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in name or "\0" in name:
+def refuse_outside(root: Path, name: str, source: str) -> None:
+    """Raise UserError for a name that `source` gives and that is not a relative path within root."""
+    if name in ("", ".") or name.startswith("/") or ".." in name.split("/") or "\\" in name or "\0" in name:
         raise wrong(root, f"{source} names {name!r}, which leads out of the folder", "give a relative path without ..")
-    return root / path
 
 
 def names(folder: Path) -> list[str]:

@@ -19,12 +19,11 @@ from typing import Any
 from budgeted.errors import UserError
 from tasks import cifar10 as cifar
 from tasks import coco_json
-from tasks.cifar10 import ArraysOnly as _ArraysOnly
 from tasks.cifar10 import cifar10, is_cifar10
 from tasks.coco_json import coco_files
-from tasks.folder import SPLITS, Data, inside, names, near, some, wrong
+from tasks.folder import SPLITS, Data, names, near, refuse_outside, some, wrong
 
-__all__ = ["Data", "_ArraysOnly", "check", "cifar10", "clips", "coco_files", "data_root", "images", "inspect"]
+__all__ = ["Data", "check", "cifar10", "clips", "coco_files", "data_root", "images", "inspect"]
 __all__ += ["is_cifar10", "streets", "subset"]
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp")
@@ -42,11 +41,14 @@ def inspect(cfg: Mapping[str, Any]) -> Data:
     from tasks import tiny
 
     name, root = cfg["task"]["name"], data_root(cfg)
-    if tiny.embedded(cfg) and not (root.exists() and any(root.iterdir())):
-        n_train, n_val, classes = tiny.COUNTS[name]
-        data = Data(name, root, n_train, n_val, classes)
-    else:
-        data = LAYOUTS[cfg["task"]["adapter"]](name, _existing(root, name))
+    try:
+        if tiny.embedded(cfg) and (not root.exists() or (root.is_dir() and not any(root.iterdir()))):
+            n_train, n_val, classes = tiny.COUNTS[name]
+            data = Data(name, root, n_train, n_val, classes)
+        else:
+            data = LAYOUTS[cfg["task"]["adapter"]](name, _existing(root, name))
+    except OSError as error:
+        raise wrong(root, f"{error.filename} cannot be read ({error.strerror})", "mend its permissions") from None
     keep = cfg["data"].get("subset")
     return data if keep is None else replace(data, n_train=len(subset(data.n_train, keep)))
 
@@ -80,8 +82,8 @@ def data_root(cfg: Mapping[str, Any]) -> Path:
 
 def _existing(root: Path, name: str) -> Path:
     if not root.is_dir():
-        near = difflib.get_close_matches(root.name, names(root.parent), n=1)
-        hint = f"did you mean {root.parent / near[0]}?" if near else f"set data.root to the folder that holds {name}"
+        close = difflib.get_close_matches(root.name, names(root.parent), n=1)
+        hint = f"did you mean {root.parent / close[0]}?" if close else f"set data.root to the folder that holds {name}"
         raise UserError(f"data.root={root}: {'not a folder' if root.exists() else 'no such folder'}: {hint}")
     if not any(root.iterdir()):
         raise UserError(f"data.root={root}: the folder is empty: put {name}'s files there or set another data.root")
@@ -245,7 +247,7 @@ def _manifest(root: Path, path: Path) -> tuple[tuple[str, ...], list[tuple[str, 
     for number, line in enumerate(_lines(root, path), 1):
         clip, label = (part.strip() for part in line.strip().rpartition("," if "," in line else " ")[::2])
         if clip and label.isdecimal():
-            inside(root, clip, f"{path.name} line {number}")
+            refuse_outside(root, clip, f"{path.name} line {number}")
             listed.append((clip, int(label)))
         elif line.strip():
             fix = "expected `path index`, e.g. train/walk/a.mp4 0"
@@ -272,7 +274,7 @@ def _official(root: Path, path: Path) -> tuple[tuple[str, ...], list[tuple[str, 
         what = f"{path.name} {'has no column ' + lost[0] if rows else 'lists no clip'}"
         raise wrong(root, what, "expected the official label,youtube_id,time_start,time_end,split")
     classes = tuple(sorted({row["label"] or "" for row in rows}))
-    folders = {label: _label_folder(root, path.stem, label) for label in classes}
+    places = {label: (_label_folder(root, path.stem, label), index) for index, label in enumerate(classes)}
     listed = []
     for number, row in enumerate(rows, 2):
         try:
@@ -280,8 +282,9 @@ def _official(root: Path, path: Path) -> tuple[tuple[str, ...], list[tuple[str, 
         except (TypeError, ValueError):
             fix = "time_start and time_end are integers"
             raise wrong(root, f"{path.name} line {number} has no whole seconds", fix) from None
-        inside(root, f"{folders[row['label']]}/{clip}", f"{path.name} line {number}")
-        listed.append((f"{folders[row['label']]}/{clip}", classes.index(row["label"])))
+        folder, index = places[row["label"]]
+        refuse_outside(root, f"{folder}/{clip}", f"{path.name} line {number}")
+        listed.append((f"{folder}/{clip}", index))
     return classes, listed
 
 

@@ -572,3 +572,13 @@ def test_no_list_at_all(tmp_path):
     assert fault(tmp_path, "video") == (
         "no val_list.csv and no val.csv: give a manifest (`path index` a line) or the official csv; did you mean 'valid.csv'?"
     )
+
+
+def test_a_folder_that_may_not_be_read_is_one_line(tmp_path, monkeypatch):
+    folders(tmp_path)
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("tasks.folder.os.listdir", refuse)
+    assert fault(tmp_path, "classification").endswith("cannot be read (Permission denied): mend its permissions")
