@@ -78,9 +78,9 @@ class Toy:
         try:
             session.attach(model, optimizer, lambda: self._evaluate(model))
             self.session = session
-            for x, y in session.loader(self):
-                if session.finished or session.step == stop_at:
-                    break
+            batches = session.loader(self)
+            while not session.finished and session.step != stop_at:
+                x, y = next(batches)
                 session.before_step()
                 self.before(session)
                 value = self.loss(session.step, (model(x) - y).square().mean())
@@ -89,7 +89,7 @@ class Toy:
                 self.rates.append(optimizer.param_groups[0]["lr"])
                 optimizer.step()
                 session.after_step(value)
-            return session.finish() if session.finished else None
+            return None if session.step == stop_at else session.finish()
         finally:
             session.close()
 
