@@ -213,7 +213,10 @@ METRICS = {
 }
 FLAG: Rule = (lambda v: isinstance(v, bool), "true or false")
 PERIOD: Rule = (_period, "a period such as 25%, 500it or 1ep")
-DIRECTORY: Rule = (lambda v: bool(re.fullmatch(r"[A-Za-z0-9][\w.+-]*", str(v), re.ASCII)), "a word: it names a folder")
+DIRECTORY: Rule = (
+    lambda v: isinstance(v, str) and bool(re.fullmatch(r"[A-Za-z0-9][\w.+-]*", v, re.ASCII)),
+    "a word: it names a folder",
+)
 WORD: Rule = (lambda v: isinstance(v, str) and bool(v), "a name")
 FRACTIONS: Rule = (
     lambda v: isinstance(v, list) and all(isinstance(m, int | float) and 0 < m < 1 for m in v),
@@ -303,11 +306,12 @@ def known_key(key: str, cfg: Config) -> None:
     known = flatten(cfg)
     sections = {".".join(k.split(".")[:n]) for k in known for n in range(1, k.count(".") + 1)}
     last = key.rsplit(".", 1)[-1]
-    same_last = next((k for k in known if k.rsplit(".", 1)[-1] == last), None)
-    close = difflib.get_close_matches(key, [*known, *sections], n=1, cutoff=0.6)
+    same_last = [k for k in known if k.rsplit(".", 1)[-1] == last]
+    others = [k for k in (*known, *sections) if not key.startswith(f"{k}.")]
+    near = same_last or difflib.get_close_matches(key, others, n=1, cutoff=0.6)
     beside = [k for k in known if "." in key and k.startswith(key.rsplit(".", 1)[0] + ".")]
-    if same_last or close:
-        raise UserError(f"{key}: no such key; did you mean '{same_last or close[0]}'?")
+    if near:
+        raise UserError(f"{key}: no such key; did you mean {' or '.join(map(repr, near))}?")
     raise UserError(f"{key}: no such key; {'there are ' + ', '.join(beside) if beside else '--cfg job lists all'}")
 
 
