@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from budgeted.errors import UserError, nearest
 from budgeted.recipe import Config, Recipe, known_key, resolve, same_types, validate
-from tasks import layouts, tiny
+from tasks import layouts
 
 log = logging.getLogger("budgeted")
 
@@ -85,7 +85,7 @@ def _parsed(argument: str) -> Override:
     try:  # parse_overrides, unlike parse_override, lets glob(*) see the options
         return OverridesParser.create(config_loader=_loader()).parse_overrides([argument])[0]
     except HydraException:
-        raise UserError(f"{argument}: cannot be read; quote a value that holds a comma, bracket or space") from None
+        raise UserError(f"{argument}: cannot be read; quote a value that holds a comma, bracket, space or =") from None
 
 
 def _check(override: Override, multirun: bool) -> None:
@@ -137,6 +137,15 @@ def options(group: str) -> tuple[str, ...]:
     """The options of a config group; budgets in their order."""
     names = [p.stem for p in (CONF / group).glob("*.yaml")]
     return tuple(sorted(names, key=lambda n: (float(n[:-1]), "") if n.endswith("%") else (0.0, n)))
+
+
+def help_text() -> str:
+    """What --help prints. Hydra's own listing of the groups takes half a second."""
+    template = OmegaConf.load(CONF / "config.yaml").hydra.help.template
+    groups = (*GROUPS, "sweep", "hydra/launcher")
+    return template.replace(
+        "$APP_CONFIG_GROUPS", "\n".join(f"  {g}: {', '.join(options(g))}" for g in groups if options(g))
+    )
 
 
 # -- one cell -----------------------------------------------------------------------------------------------
@@ -306,4 +315,6 @@ def recipes(jobs: Sequence[tuple[str, ...]]) -> list[Recipe]:
 
 def embedded_data(cfg: Config) -> None:
     """Write a tiny task's generated data, where it is not there yet."""
+    from tasks import tiny
+
     tiny.ensure(cfg)
