@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 BATCHES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
-HELD_OUT = 5000  # of the 50,000 training images (PAPER.md section 3.1)
+TRAIN, TEST = 50000, 10000
+HELD_OUT = 5000  # of the training images (PAPER.md section 3.1)
 
 
 def is_cifar10(root: Path) -> bool:
@@ -27,7 +28,7 @@ def summary(name: str, root: Path) -> Data:
     archive = root / "cifar10.npz"
     if archive.is_file():
         shapes = _npz_shapes(root, archive)
-        want = {"train_x": (50000, 32, 32, 3), "train_y": (50000,), "test_x": (10000, 32, 32, 3), "test_y": (10000,)}
+        want = {"train_x": (TRAIN, 32, 32, 3), "train_y": (TRAIN,), "test_x": (TEST, 32, 32, 3), "test_y": (TEST,)}
         off = [f"{k} is {shapes.get(k, 'absent')} instead of {v}" for k, v in want.items() if shapes.get(k) != v]
         if off:
             raise wrong(root, f"cifar10.npz: {off[0]}", "build it again with get_cifar10.py")
@@ -35,7 +36,7 @@ def summary(name: str, root: Path) -> Data:
         lost = [f for f in BATCHES if not (_batches(root) / f).is_file()]
         if lost:
             raise wrong(root, f"cifar-10-batches-py lacks {some(lost)}", "unpack cifar-10-python.tar.gz again")
-    return Data(name, root, 50000 - HELD_OUT, HELD_OUT, CLASSES)
+    return Data(name, root, TRAIN - HELD_OUT, HELD_OUT, CLASSES)
 
 
 def _batches(root: Path) -> Path:

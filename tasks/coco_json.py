@@ -37,8 +37,8 @@ def _split(root: Path, split: str) -> dict[str, Any]:
     path, folder = coco_files(root, split)
     where = path.relative_to(root)
     if not path.is_file():
-        fix = f"unpack annotations_trainval2017.zip here; {near('annotations', root)}"
-        raise wrong(root, f"no {where}", fix)
+        closest = near(path.name, path.parent) if path.parent.is_dir() else near("annotations", root)
+        raise wrong(root, f"no {where}", f"unpack annotations_trainval2017.zip here; {closest}")
     digest = _cached(path, lambda: _digest(root, path))
     there = {str(sub): set(names(folder / sub)) for sub in {PurePosixPath(n).parent for n in digest["files"]}}
     lost = [n for n in digest["files"] if PurePosixPath(n).name not in there[str(PurePosixPath(n).parent)]]
@@ -60,9 +60,7 @@ def tables_of(root: Path, path: Path) -> dict[str, Any]:
         raise wrong(root, f"{where} is not json, or cut short", "unpack or write it again") from None
     except (LookupError, TypeError, AttributeError) as error:
         what = f"{where} is not of COCO's form ({type(error).__name__}: {error})"
-        raise wrong(
-            root, what, "expected {images, annotations, categories} as in cocodataset.org/#format-data"
-        ) from None
+        raise wrong(root, what, "expected {images, annotations, categories}, see cocodataset.org") from None
     if fault:
         raise wrong(root, f"{where}: {fault[0]}", fault[1])
     return tables
@@ -109,7 +107,7 @@ def _outside(polygon: list[float], height: float, width: float) -> bool:
 
 
 def _cached(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """compute(), kept in the user's cache folder for as long as path's size and time stay: COCO's json takes 10 s."""
+    """compute(), kept in the user's cache folder for as long as path's size and time stay: COCO's json takes half a minute."""
     stat = path.stat()
     if stat.st_size < 5_000_000:
         return compute()

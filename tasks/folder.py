@@ -45,7 +45,7 @@ def names(folder: Path) -> list[str]:
 
 def near(word: str, folder: Path) -> str:
     """A closing phrase that names what a folder holds instead of `word`."""
-    there = names(folder)
+    there = [name for name in names(folder) if name != word]
     close = difflib.get_close_matches(word, there, n=1, cutoff=0.55)
     return f"did you mean {close[0]!r}?" if close else f"the folder holds {some(there) if there else 'nothing'}"
 

@@ -256,8 +256,11 @@ def _manifest(root: Path, path: Path) -> tuple[tuple[str, ...], list[tuple[str, 
         raise wrong(root, f"{path.name} lists no clip", "remove it, or run mode=prepare to write it")
     top, given = max(label for _, label in listed), root / "classes.txt"
     if not given.is_file():
+        if top >= len(listed):
+            what = f"{path.name} has class index {top} and only {len(listed)} clips"
+            raise wrong(root, what, "indices count from 0; name the classes in classes.txt, one a line")
         folders = {label: Path(clip).parent.name for clip, label in reversed(listed)}
-        return tuple(folders.get(i, str(i)) for i in range(min(top, len(listed)) + 1)), listed
+        return tuple(folders.get(i, str(i)) for i in range(top + 1)), listed
     classes = tuple(line.strip() for line in _lines(root, given) if line.strip())
     if top >= len(classes):
         what = f"{path.name} has class index {top} and classes.txt {len(classes)} names"
@@ -268,7 +271,10 @@ def _manifest(root: Path, path: Path) -> tuple[tuple[str, ...], list[tuple[str, 
 def _official(root: Path, path: Path) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
     """Clips are <split>/<label>/<id>_<start>_<end>.mp4 with six digits each; a label's folder may have its spaces or
     underscores, and without label folders the clips lie in the split's. Classes are the sorted labels."""
-    rows = list(csv.DictReader(_lines(root, path)))
+    try:
+        rows = list(csv.DictReader(_lines(root, path)))
+    except csv.Error as error:
+        raise wrong(root, f"{path.name} is no csv ({error})", "get the official one again") from None
     lost = [c for c in ("label", "youtube_id", "time_start", "time_end") if not rows or c not in rows[0]]
     if lost:
         what = f"{path.name} {'has no column ' + lost[0] if rows else 'lists no clip'}"

@@ -178,40 +178,52 @@ def test_check_finds_what_is_no_image(tmp_path):
 # CIFAR-10.
 
 
-def cifar_arrays() -> dict[str, np.ndarray]:
-    """Images that say their number in their first two values."""
-    train, test = (np.zeros((n, 32, 32, 3), np.uint8) for n in (50000, 10000))
-    train[:, 0, 0, :2] = np.arange(50000, dtype="<u2").view(np.uint8).reshape(-1, 2)
-    labels = np.arange(50000) % 10
-    return {"train_x": train, "train_y": labels.astype(np.uint8), "test_x": test, "test_y": labels[:10000]}
-
-
-def batches(root: Path, arrays) -> Path:
-    """The five and one pickles that torchvision unpacks."""
-    folder = root / "cifar-10-batches-py"
-    folder.mkdir(parents=True)
-    parts = {f"data_batch_{i + 1}": ("train", slice(10000 * i, 10000 * (i + 1))) for i in range(5)}
-    for name, (split, rows) in {**parts, "test_batch": ("test", slice(None))}.items():
-        data = arrays[f"{split}_x"][rows].transpose(0, 3, 1, 2).reshape(10000, 3072)
-        (folder / name).write_bytes(pickle.dumps({"data": data, "labels": arrays[f"{split}_y"][rows].tolist()}, protocol=2))
-    return root
-
-
-def test_cifar10_in_both_forms_is_the_same_data(tmp_path):
-    arrays = cifar_arrays()
+@pytest.fixture
+def small_cifar(tmp_path, monkeypatch):
+    """CIFAR-10 at a hundredth of its size, in both forms; images say their number in their first value."""
+    for name, value in (("TRAIN", 500), ("TEST", 100), ("HELD_OUT", 50)):
+        monkeypatch.setattr(f"tasks.cifar10.{name}", value)
+    numbers = np.arange(500)
+    train, test = np.zeros((500, 32, 32, 3), np.uint8), np.ones((100, 32, 32, 3), np.uint8)
+    train[:, 0, 0, 0], train[:, 0, 0, 1], train[:, 31, 31, 2] = numbers % 256, numbers // 256, 7
     (tmp_path / "a").mkdir()
-    np.savez(tmp_path / "a/cifar10.npz", **arrays)
-    batches(tmp_path / "b", arrays)
-    one, other = (look(tmp_path / name, "classification") for name in "ab")
-    assert (one.n_train, one.n_val, one.classes) == (other.n_train, other.n_val, other.classes)
-    assert (one.n_train, one.n_val, one.classes[:2]) == (45000, 5000, ("airplane", "automobile"))
-    parts, same = layouts.cifar10(tmp_path / "a"), layouts.cifar10(tmp_path / "b")
-    for split, n in (("train", 45000), ("val", 5000), ("test", 10000)):
+    labels = (numbers % 10).astype(np.uint8)
+    np.savez(tmp_path / "a/cifar10.npz", train_x=train, train_y=labels, test_x=test, test_y=labels[:100])
+    folder = tmp_path / "b/cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    parts = {f"data_batch_{i + 1}": (train, slice(100 * i, 100 * (i + 1))) for i in range(5)}
+    for name, (images, rows) in {**parts, "test_batch": (test, slice(100))}.items():
+        data = images[rows].transpose(0, 3, 1, 2).reshape(100, 3072)
+        (folder / name).write_bytes(pickle.dumps({"data": data, "labels": labels[rows].tolist()}, protocol=2))
+    return tmp_path
+
+
+def test_cifar10_counts(tmp_path):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
+        (folder / name).touch()
+    for root in (tmp_path, folder):
+        data = look(root, "classification")
+        assert (data.n_train, data.n_val, data.classes[:2]) == (45000, 5000, ("airplane", "automobile"))
+
+
+def test_cifar10_in_both_forms_is_the_same_data(small_cifar):
+    for name in "ab":
+        data, findings = look(small_cifar / name, "classification", check=True)
+        assert (data.n_train, data.n_val, findings) == (450, 50, [])
+    parts, same = layouts.cifar10(small_cifar / "a"), layouts.cifar10(small_cifar / "b")
+    for split, n in (("train", 450), ("val", 50), ("test", 100)):
         assert parts[split][0].shape == (n, 32, 32, 3) and parts[split][1].dtype == np.int64
         assert all(np.array_equal(p, q) for p, q in zip(parts[split], same[split], strict=True))
-    train, val = (np.ascontiguousarray(parts[s][0][:, 0, 0, :2]).view("<u2").ravel() for s in ("train", "val"))
-    assert np.array_equal(np.sort([*train, *val]), np.arange(50000))
-    assert val[:4].tolist() == [24, 26, 28, 66] and (parts["val"][1] == val % 10).all()
+    train, val = (parts[s][0][:, 0, 0, 0] + 256 * parts[s][0][:, 0, 0, 1].astype(int) for s in ("train", "val"))
+    assert np.array_equal(np.sort([*train, *val]), np.arange(500))
+    assert (parts["val"][1] == val % 10).all() and (parts["val"][0][:, 31, 31, 2] == 7).all()
+
+
+def test_cifar10_holds_out_the_same_images_for_ever(small_cifar):
+    val = layouts.cifar10(small_cifar / "a")["val"][0][:, 0, 0]
+    assert val[:4, :2].tolist() == [[2, 0], [5, 0], [15, 0], [41, 0]]
 
 
 def test_cifar10_pickle_that_would_call_something_is_refused(tmp_path):
@@ -544,9 +556,23 @@ def test_manifest_faults(tmp_path, lists, line):
     assert fault(tmp_path, "video") == line
 
 
+def test_manifest_without_class_names_takes_the_folders(tmp_path):
+    videos(tmp_path)
+    for split in ("train", "val"):
+        lines = [f"{split}/sit_down/aa_000003_000013.mp4 0\n", f"{split}/walk/bb_000000_000010.mp4 1\n"]
+        (tmp_path / f"{split}_list.csv").write_text("".join(lines))
+    assert look(tmp_path, "video").classes == ("sit_down", "walk")
+    (tmp_path / "val_list.csv").write_text("val/walk/bb_000000_000010.mp4 1000000000\n")
+    assert fault(tmp_path, "video") == (
+        "val_list.csv has class index 1000000000 and only 1 clips: "
+        "indices count from 0; name the classes in classes.txt, one a line"
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "line"),
     [
+        ("label," + "x" * 200_000 + "\nwalk,3\n", "train.csv is no csv (field larger than field limit (131072)): get the official one again"),
         ("label,id\nwalk,3\n", "train.csv has no column youtube_id: expected the official label,youtube_id,time_start,time_end,split"),
         (OFFICIAL, "train.csv lists no clip: expected the official label,youtube_id,time_start,time_end,split"),
         (OFFICIAL + "walk,aa,x,3,train\n", "train.csv line 2 has no whole seconds: time_start and time_end are integers"),
