@@ -107,7 +107,7 @@ def _outside(polygon: list[float], height: float, width: float) -> bool:
 
 
 def _cached(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """compute(), kept in the user's cache folder for as long as path's size and time stay: COCO's json takes half a minute."""
+    """compute(), kept in the user's cache folder while path's size and time stay: COCO's json takes half a minute."""
     stat = path.stat()
     if stat.st_size < 5_000_000:
         return compute()
