@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -75,11 +76,14 @@ def make_model(task: Config, num_classes: int) -> nn.Module:
         model = known[name](**{classes: num_classes}, **task["options"])
     except (TypeError, AssertionError) as error:
         raise UserError(f"task.options={task['options']}: pytorchvideo's {name} refuses them: {error}") from None
+    dropouts = [m for m in model.modules() if isinstance(m, nn.Dropout) and m.p]
+    if task["dropout"] and not dropouts:
+        raise UserError(f"task.dropout={task['dropout']}: pytorchvideo's {name} has none; task.dropout=0")
+    for module in dropouts:
+        module.p = task["dropout"]
     for module in model.modules():
-        if isinstance(module, nn.Dropout) and module.p:
-            module.p = task["dropout"]
         if isinstance(getattr(module, "activation", None), nn.Softmax):  # X3D's head: the loss takes logits
-            module.activation = None
+            module.activation = None  # type: ignore[assignment]
     if task["weights"] != "none":
         load_weights(model, task["weights"])
     if name.startswith("slowfast"):
@@ -93,7 +97,9 @@ def _pathways(model: nn.Module, inputs: tuple[Tensor]) -> tuple[list[Tensor]]:
 
 def models() -> dict[str, Callable[..., nn.Module]]:
     """What task.model may name: the models of pytorchvideo's hub that classify clips, and `tiny`."""
-    hub = upstream("pytorchvideo.models.hub", "pip install pytorchvideo==0.1.5")
+    with warnings.catch_warnings():  # it uses torch.jit.script, which warns of its own end
+        warnings.simplefilter("ignore")
+        hub = upstream("pytorchvideo.models.hub", "pip install pytorchvideo==0.1.5")
     found = {k: v for k, v in vars(hub).items() if callable(v) and not k.endswith(("_detection", "_base_16"))}
     return {**found, "tiny": tiny}
 

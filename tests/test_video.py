@@ -376,6 +376,8 @@ def test_an_unknown_model_or_option_is_refused_in_one_line(video):
         video.make_model(task(model="slow_r50_detection"), 5)
     with pytest.raises(UserError, match="tiny refuses them: .*widht"):
         video.make_model(task(options={"widht": 4}), 5)
+    with pytest.raises(UserError, match="task.dropout=0.5: pytorchvideo's csn_r101 has none"), torch.device("meta"):
+        video.make_model(task(model="csn_r101", dropout=0.5), 5)
 
 
 def test_batch_norm_is_not_decayed(adapter):
