@@ -1,0 +1,96 @@
+"""Shims that let the upstreams import and run beside a current torch. One function per upstream, called on use."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import sys
+import warnings
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from budgeted.errors import UserError
+
+DETECTRON2_COMMIT = "a59f05630a8f205756064244bf5beb8661f96180"  # of the sources this was tried with
+
+
+def mmseg() -> ModuleType:
+    """Import mmsegmentation with everything it registers, with or without mmcv's compiled ops. Idempotent.
+
+    mmseg imports mmcv.ops, which asks for `mmcv._ext`, compiled code that mmcv-lite has not and PSPNet does not
+    need. A stub stands in during the import and is taken out after it: mmengine takes a findable `mmcv._ext` for
+    a full mmcv, and would look for its SyncBN there.
+    """
+    missing = [name for name in ("mmengine", "mmcv", "mmseg", "ftfy", "regex") if not importlib.util.find_spec(name)]
+    if missing:
+        raise UserError(
+            f"this task runs on mmsegmentation, and {', '.join(missing)} cannot be imported: "
+            "pip install mmsegmentation==1.2.2 mmengine==0.10.7 mmcv-lite==2.1.0 ftfy regex"
+        )
+    stub = "mmcv._ext" not in sys.modules and not importlib.util.find_spec("mmcv._ext")
+    if stub:
+        sys.modules["mmcv._ext"] = _NoCompiledOps("mmcv._ext")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for part in ("datasets", "evaluation", "models"):
+                importlib.import_module(f"mmseg.{part}")
+    except AssertionError as error:  # how mmseg refuses an mmcv or mmengine of another version
+        raise UserError(f"mmsegmentation: {' '.join(str(error).split())}") from None
+    finally:
+        if stub:
+            del sys.modules["mmcv._ext"]
+    return sys.modules["mmseg"]
+
+
+class _NoCompiledOps(ModuleType):
+    """Stands for mmcv._ext: has any op by name, and none that can be called."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def op(*args: Any, **kwargs: Any) -> None:
+            raise UserError(
+                f"mmcv's compiled op {name!r} is not in mmcv-lite: choose a task.model that needs none, "
+                "or install mmcv 2.1.0 built for this torch"
+            )
+
+        return op
+
+
+def detectron2() -> ModuleType:
+    """Import detectron2's engine, evaluation and model zoo, with or without its compiled part. Idempotent.
+
+    Without `detectron2._C` upstream itself puts a class that explains the matter in place of each compiled
+    layer; Mask R-CNN, Faster R-CNN and RetinaNet need none. Its model zoo finds its files by pkg_resources, which
+    setuptools 81 took away: a stand-in for the one function it calls serves during the import.
+    """
+    missing = [name for name in ("detectron2", "fvcore", "iopath", "pycocotools") if not importlib.util.find_spec(name)]
+    if missing:
+        raise UserError(
+            f"this task runs on detectron2, and {', '.join(missing)} cannot be imported: "
+            f"pip install --no-build-isolation 'git+https://github.com/facebookresearch/detectron2@{DETECTRON2_COMMIT}'"
+        )
+    stub = "pkg_resources" not in sys.modules and not importlib.util.find_spec("pkg_resources")
+    if stub:
+        sys.modules["pkg_resources"] = ModuleType("pkg_resources")
+        sys.modules["pkg_resources"].resource_filename = _resource_filename  # type: ignore[attr-defined]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.jit.script and pkg_resources are on their way out
+            for part in ("engine", "evaluation", "model_zoo"):
+                importlib.import_module(f"detectron2.{part}")
+    finally:
+        if stub:
+            del sys.modules["pkg_resources"]
+    for message in ("torch.meshgrid", "The given NumPy array is not writable"):  # said once a run, of upstream's code
+        warnings.filterwarnings("ignore", message)
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+    return sys.modules["detectron2"]
+
+
+def _resource_filename(package: str, path: str) -> str:
+    return str(Path(str(sys.modules[package].__file__)).parent / path)

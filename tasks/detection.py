@@ -1,0 +1,307 @@
+"""Detection and instance segmentation on COCO's layout: detectron2's DefaultTrainer, DatasetMapper and COCOEvaluator.
+
+The recipe names one of the zoo's own configs (`task.model`, see tasks/zoo.py). From it come the model, the
+augmentation, the sampling of proposals, the weight decay of norms and gradient clipping. Its length, learning rate
+policy, seeds, and hooks for logging, checkpoints and evaluation are left out: those are the session's. One thing
+departs from upstream: batches are not grouped by aspect ratio, because a group depends on all that was read before.
+Batches are padded a little more instead.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset
+
+from budgeted.errors import UserError
+from budgeted.randomness import preserved, seed_all
+from budgeted.recipe import DataSummary
+from tasks import base, compat, layouts, zoo
+
+compat.detectron2()  # before what follows: importing detectron2 needs help
+
+from detectron2.config import CfgNode  # noqa: E402
+from detectron2.data import (  # noqa: E402  # noqa: E402
+    DatasetCatalog,
+    DatasetFromList,
+    DatasetMapper,
+    MetadataCatalog,
+    build_detection_test_loader,
+    get_detection_dataset_dicts,
+)
+from detectron2.data.build import trivial_batch_collator  # noqa: E402
+from detectron2.data.datasets import register_coco_instances  # noqa: E402
+from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, create_ddp_model, defaults  # noqa: E402
+from detectron2.evaluation import COCOEvaluator, inference_on_dataset  # noqa: E402
+from detectron2.modeling import build_model  # noqa: E402
+from detectron2.solver import build_optimizer  # noqa: E402
+from detectron2.solver.build import maybe_add_gradient_clipping  # noqa: E402
+from detectron2.utils.events import EventStorage  # noqa: E402
+from fvcore.nn.precise_bn import get_bn_modules, update_bn_stats  # noqa: E402
+
+log = logging.getLogger("budgeted")
+
+
+class Detection:
+    """The adapter: what tasks.base.Adapter asks for."""
+
+    def __init__(self, cfg: dict, data: DataSummary, device: torch.device) -> None:
+        if cfg["compile"]:
+            raise UserError("compile=true: images change size at every step, which torch.compile does not take; false")
+        self.cfg, self.device = cfg, device
+        self.config = zoo.config(cfg, len(data.classes), device)
+        self.names = {split: register(data.root, split) for split in layouts.SPLITS}
+        self.trainer: Trainer = None  # type: ignore[assignment]
+
+    def build(self, session: Any) -> None:
+        """Upstream's model with its initial weights, its optimizer, and the session's state on top of them."""
+        upstream_log(session.upstream_dir if session.rank == 0 else None)
+        self.config.SOLVER.MAX_ITER = session.total
+        self.config.OUTPUT_DIR = str(session.upstream_dir)
+        len(self.train_images)  # read it before the clock starts
+        torch.manual_seed(session.seed)
+        self.trainer = Trainer(self, session)
+
+    def train(self, session: Any) -> None:
+        """Upstream's own loop from session.step until session.finished."""
+        if self.free:
+            self.trainer.optimizer.train()
+        self.trainer.start_iter = session.step
+        with suppress(Finished):
+            self.trainer.train()
+
+    def evaluate(self) -> dict[str, float]:
+        """AP, AP50 and AP75 of boxes and masks by upstream's COCOEvaluator, each image once over all ranks."""
+        model, session = self.trainer.bare, self.trainer.session
+        if session.world_size > 1:
+            for buffer in model.buffers():  # batch-norm statistics are each rank's own
+                torch.distributed.broadcast(buffer, 0)
+        mapper = DatasetMapper(self.config, is_train=False)
+        images = Images(get_detection_dataset_dicts([self.names["val"]], filter_empty=False), mapper)
+        loader = build_detection_test_loader(images, mapper=None, num_workers=self.cfg["data"]["workers"])
+        kinds = {"bbox": "box", "segm": "mask"} if self.config.MODEL.MASK_ON else {"bbox": "box"}
+        judge = COCOEvaluator(self.names["val"], tuple(kinds), output_dir=self.config.OUTPUT_DIR, use_fast_impl=False)
+        with redirect_stdout(io.StringIO()):  # pycocotools prints
+            results = session.world.agree(inference_on_dataset(model, loader, judge))  # rank 0 has them
+        return fractions({prefix: results[kind] for kind, prefix in kinds.items()})
+
+    def flops(self) -> int:
+        """Training FLOPs of one iteration: forward and backward of up to 4 images, scaled to the global batch."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        images, batch = self.train_images, self.cfg["task"]["batch_size"]
+        count = min(batch, 4)
+        with preserved(), EventStorage(), FlopCounterMode(display=False) as counter:
+            seed_all(0)
+            sum(self.model()([images[k * len(images) // count] for k in range(count)]).values()).backward()
+        return counter.get_total_flops() * batch // count
+
+    def model(self) -> nn.Module:
+        """Upstream's model with random weights."""
+        try:
+            model = build_model(self.config)
+        except ImportError as error:  # of the compiled part
+            raise UserError(f"task.model={self.cfg['task']['model']}: {' '.join(str(error).split())}") from None
+        if self.cfg["channels_last"]:
+            model.to(memory_format=torch.channels_last)
+        if self.cfg["precision"] == "bf16":
+            model.forward = torch.autocast(self.device.type, torch.bfloat16)(model.forward)
+        return model.train()
+
+    @property
+    def free(self) -> bool:
+        return self.cfg["optimizer"]["name"] == "schedule_free"
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """Upstream's SGD, or another of the suite's optimizers on upstream's parameter groups."""
+        optimizer = build_optimizer(self.config, model)
+        if self.cfg["optimizer"]["name"] == "sgd":
+            return optimizer
+        groups = [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in optimizer.param_groups]
+        return maybe_add_gradient_clipping(self.config, base.build_optimizer(self.cfg, groups))
+
+    @contextmanager
+    def evaluation_weights(self) -> Iterator[None]:
+        """Schedule-Free's averages where it trains, and batch-norm statistics refreshed on the first batches."""
+        model, optimizer, session = self.trainer.bare, self.trainer.optimizer, self.trainer.session
+        saved = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        if self.free:
+            optimizer.eval()
+        if get_bn_modules(model):
+            count = self.config.TEST.PRECISE_BN.NUM_ITER if self.config.TEST.PRECISE_BN.ENABLED else 50
+            with EventStorage():
+                update_bn_stats(model, session.loader_of(self.train_images, 0, count, trivial_batch_collator), count)
+        try:
+            yield
+        finally:
+            if self.free:
+                optimizer.train()
+            for name, buffer in model.named_buffers():
+                buffer.copy_(saved[name])
+
+    @cached_property
+    def train_images(self) -> Images:
+        """Images with an object that is not a crowd. Masks stay polygons as upstream has them, unless one is RLE."""
+        records = get_detection_dataset_dicts([self.names["train"]], filter_empty=True)
+        if self.config.MODEL.MASK_ON:
+            masks = [mask_of(a, r) for r in records for a in r["annotations"] if not a.get("iscrowd", 0)]
+            if any(isinstance(mask, dict) for mask in masks):
+                self.config.INPUT.MASK_FORMAT = "bitmask"
+        records = [records[k] for k in layouts.subset(len(records), self.cfg["data"]["subset"])]
+        return Images(records, DatasetMapper(self.config, is_train=True))
+
+
+class Trainer(DefaultTrainer):
+    """Upstream's trainer with the session as its only clock, log, checkpointer and writer of learning rates."""
+
+    def __init__(self, adapter: Detection, session: Any) -> None:
+        self.adapter, self.session = adapter, session
+        # Upstream would take the GPU from the rank that its own launcher gave; on a CPU, DDP takes none.
+        ddp = partial(create_ddp_model, device_ids=[session.device] if session.device.type == "cuda" else None)
+        with mock.patch.object(defaults, "create_ddp_model", ddp):
+            super().__init__(adapter.config)
+        self._trainer = Step(self.model, self.data_loader, self.optimizer, session)
+
+    @property
+    def bare(self) -> nn.Module:
+        """The model without DDP around it."""
+        return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+
+    def build_model(self, cfg: CfgNode) -> nn.Module:  # this and the next are class methods upstream, called on self
+        model, weights = self.adapter.model(), self.adapter.cfg["task"]["weights"]
+        if weights != "none":
+            zoo.load_weights(model, weights)
+        elif frozen := cfg.MODEL.BACKBONE.FREEZE_AT:
+            log.warning("task.weights=none: the first %d stages stay random, MODEL.BACKBONE.FREEZE_AT=0", frozen)
+        return model
+
+    def build_optimizer(self, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        return self.adapter.optimizer(model)
+
+    def build_train_loader(self, cfg: CfgNode) -> Iterator[list[dict]]:
+        yield from self.session.loader(self.adapter.train_images, trivial_batch_collator)
+
+    def build_lr_scheduler(self, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Any:
+        special = self.adapter.free or cfg.TEST.PRECISE_BN.ENABLED
+        weights = self.adapter.evaluation_weights if special else None
+        self.session.attach(self.bare, optimizer, self.adapter.evaluate, weights)
+        return self.session.scheduler
+
+    def build_hooks(self) -> list[HookBase]:
+        return [Drive(self.session)]
+
+
+class Step(SimpleTrainer):
+    """Upstream's step, whose `loss` stays a tensor where upstream reads five numbers back from the device.
+
+    Where a batch comes in several pieces (`micro_batch`) or in unequal shares, their gradients are added up here.
+    """
+
+    def __init__(self, model: nn.Module, loader: Iterator, optimizer: torch.optim.Optimizer, session: Any) -> None:
+        super().__init__(model, loader, optimizer)
+        self.session = session
+        self.loss = torch.zeros((), device=session.device)
+
+    def _write_metrics(self, loss_dict: Mapping[str, torch.Tensor], *args: Any, **kwargs: Any) -> None:
+        self.loss = torch.stack([loss.detach() for loss in loss_dict.values()]).sum()
+
+    def run_step(self) -> None:
+        pieces = self.session.pieces()
+        if pieces == [1.0]:
+            return super().run_step()
+        self.optimizer.zero_grad()
+        self.loss = torch.zeros_like(self.loss)
+        for k, share in enumerate(pieces):
+            batch, last = next(self._data_loader_iter), k == len(pieces) - 1
+            with nullcontext() if last or self.session.world_size == 1 else self.model.no_sync():
+                loss = sum(self.model(batch).values()) * share
+                loss.backward()
+            self.loss += loss.detach()
+        self.optimizer.step()
+
+
+class Drive(HookBase):
+    """The session's calls around each update."""
+
+    def __init__(self, session: Any) -> None:
+        self.session = session
+
+    def before_step(self) -> None:
+        self.session.before_step()
+
+    def after_step(self) -> None:
+        self.session.after_step(self.trainer._trainer.loss)
+        if self.session.finished:
+            raise Finished
+
+
+class Finished(BaseException):
+    """The budget is spent. No `Exception`: upstream would log it as a failure."""
+
+
+class Images(Dataset):
+    """Upstream's mapper over upstream's records. An image that cannot be used is named by the error."""
+
+    def __init__(self, records: list[dict], mapper: Callable[[dict], dict]) -> None:
+        self.records, self.mapper = DatasetFromList(records, copy=False), mapper
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict:
+        record = self.records[index]
+        try:
+            return self.mapper(record)
+        except Exception as error:
+            raise RuntimeError(f"{record['file_name']}: {type(error).__name__}: {error}") from error
+
+
+def register(root: Path, split: str) -> str:
+    """Make a split known to upstream under a name of its own, anew: the files may have changed since."""
+    path, folder = layouts.coco_files(Path(root), split)
+    name = f"coco {path.resolve()}"
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        catalog.pop(name, None)
+    register_coco_instances(name, {}, str(path), str(folder))
+    return name
+
+
+def mask_of(annotation: dict, record: dict) -> list | dict:
+    """The polygons or the RLE of an object. Raises UserError where it has none."""
+    mask = annotation.get("segmentation")
+    if not mask:
+        hint = "task.model=COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml trains on boxes alone"
+        raise UserError(f"{record['file_name']}: an object without a mask; {hint}")
+    return mask
+
+
+def fractions(results: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Upstream's percentages as {"box_ap": ..., "box_ap50": ...}; where it has NaN for want of detections, 0."""
+    if any(math.isnan(found["AP"]) for found in results.values()):
+        log.warning("nothing was detected in the validation images: the AP counts as 0")
+    values = {f"{kind}_{m.lower()}": found[m] / 100 for kind, found in results.items() for m in ("AP", "AP50", "AP75")}
+    return {name: 0.0 if math.isnan(value) else value for name, value in values.items()}
+
+
+def upstream_log(folder: Path | None) -> None:
+    """Send what upstream says to a file in `folder` (None: nowhere) in place of the console."""
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(folder / "detectron2.log") if folder else logging.NullHandler()
+    for name in ("detectron2", "fvcore", "iopath"):
+        logger = logging.getLogger(name)
+        for old in logger.handlers:
+            old.close()
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(logging.INFO)
