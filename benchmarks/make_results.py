@@ -13,6 +13,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+from budgeted.cells import digest
+
 BUDGETS = ("1%", "5%", "10%", "25%", "50%", "100%")
 # task -> metric, rule, full iterations, batch, value at 1% and at 100%, training and validation samples
 TASKS: dict[str, tuple[str, str, int, int, float, float, int, int]] = {
@@ -75,7 +77,7 @@ def write_run(out: Path, data: dict[str, Any], suffix: str = "", curve: bool = F
     name = f"s{data['seed']}" + (f"-{suffix}" if suffix else "")
     path = Path(out) / data["task"] / data["schedule"] / data["budget"]["amount"] / name
     path.mkdir(parents=True, exist_ok=True)
-    (path / "result.json").write_text(json.dumps(data))
+    (path / "result.json").write_text(json.dumps({**data, "digest": digest(data)}))
     total = data["iterations_done"]
     (path / "state.json").write_text(json.dumps({"state": "done", "step": total, "total": total, "error": None}))
     if curve:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from budgeted.cells import undamaged
+
 MAX_BYTES = 1 << 20  # a larger result.json or state.json is refused unread
 FRACTIONS = frozenset({"top1", "top5", "box_ap", "mask_ap", "miou"})
 STATES = ("running", "partial", "failed", "done")
@@ -311,7 +313,10 @@ def read(path: Path, names: set[str] | None = None) -> Entry:
     try:
         cell = cell_of(path)
         if "result.json" in names:
-            return Entry(path, cell, "done", check_result(load(path / "result.json"), cell))
+            data = load(path / "result.json")
+            if not undamaged(data):
+                raise BadFile("was damaged: its digest is not that of its content")
+            return Entry(path, cell, "done", check_result(data, cell))
         return _unfinished(path, cell)
     except BadFile as error:
         return Entry(path, cell, "unreadable", note=f"{broken}: {error}")

@@ -13,12 +13,13 @@ import hashlib
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from budgeted.files import finite, read_json, write_json
 
@@ -62,7 +63,7 @@ class Cell:
     def result(self) -> dict | None:
         """The result, when it is whole and of this very recipe."""
         found = read_json(self.directory / "result.json")
-        if not found or found.pop("digest", None) != _digest(found):
+        if not found or not undamaged(found):
             return None
         if found.get("schema") != RESULT_SCHEMA or found.get("status") != "done":
             return None
@@ -85,12 +86,20 @@ class Cell:
     def write_result(self, result: dict[str, Any]) -> None:
         """Record the result, with a digest: a damaged one must not count as done."""
         whole = finite(result)
-        write_json(self.directory / "result.json", {**whole, "digest": _digest(whole)})
+        write_json(self.directory / "result.json", {**whole, "digest": digest(whole)})
 
     def write_state(self, state: str, step: int = 0, total: int | None = None, error: str | None = None, **more: Any):
         """Record `state` (running, partial, done, failed) at `step` of `total`."""
-        fields = {"state": state, "step": step, "total": total, "error": error, **_whoami(), **more}
-        write_json(self.directory / "state.json", {**fields, "updated": now()})
+        fields = {"state": state, "step": step, "total": total, "error": error, **_whoami(), **more, "updated": now()}
+        path = self.directory / "state.json"
+        try:
+            write_json(path, fields)
+        except OSError:
+            if not path.exists():
+                raise
+            with open(path, "r+") as handle:  # a full disk has no room for a second file, but this one has its block
+                json.dump(finite(fields), handle)
+                handle.truncate()
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -102,10 +111,8 @@ class Cell:
             raise Held(f"{self.name} is being run by {self.holder()}")
         handle = open(path, "a+")  # noqa: SIM115
         try:
-            try:
-                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                raise Held(f"{self.name} is being run by {self.holder() or 'another process'}") from None
+            if not _locked(handle):
+                raise Held(f"{self.name} is being run by {self.holder() or 'another process'}")
             _HELD.add(path)
             handle.truncate(0)
             handle.write(json.dumps({**_whoami(), "since": now()}))
@@ -134,6 +141,17 @@ class Cell:
         return f"process {who.get('pid', '?')} on {who.get('host', '?')} since {who.get('since', '?')}"
 
 
+def _locked(handle: IO) -> bool:
+    """Lock a file for this process, if nobody else keeps it: who only asks for a holder has it for an instant."""
+    for pause in (0.02, 0.1, 0.2, 0.0):
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except (BlockingIOError, PermissionError):
+            time.sleep(pause)
+    return False
+
+
 def signature(fields: dict[str, Any]) -> str:
     """Six hex digits over `fields`, whatever the order of their keys, and with 0 the same as 0.0."""
     text = json.dumps(_floats(fields), sort_keys=True, default=str)
@@ -149,7 +167,16 @@ def _floats(value: Any) -> Any:
     return float(value) if whole and abs(value) < 2**53 else value
 
 
-def _digest(result: dict[str, Any]) -> str:
+def undamaged(result: dict[str, Any]) -> bool:
+    """Take the digest out of a result that was read; is it that of the rest?"""
+    try:
+        return result.pop("digest", None) == digest(result)
+    except RecursionError:
+        return False
+
+
+def digest(result: dict[str, Any]) -> str:
+    """SHA-256 over a result's keys and values, without the digest itself."""
     return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
 
 

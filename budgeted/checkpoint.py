@@ -39,12 +39,9 @@ def save(path: Path, content: dict[str, Any]) -> None:
     with atomic(path, "wb") as handle:
         torch.save(content, handle)
         handle.flush()
+        os.fsync(handle.fileno())  # all of it is there: only now may the one before the last go
         if path.exists():
-            spare = previous(path).with_suffix(".tmp")
-            with suppress(FileNotFoundError):
-                spare.unlink()
-            os.link(path, spare)
-            os.replace(spare, previous(path))
+            _keep(path)
 
 
 def load(path: Path) -> dict[str, Any] | None:
@@ -69,6 +66,19 @@ def load(path: Path) -> dict[str, Any] | None:
     if broken:
         raise BrokenCheckpoint(f"{path.parent}: no whole checkpoint ({', '.join(broken)} broken); remove to start over")
     return None
+
+
+def _keep(path: Path) -> None:
+    """Make the checkpoint at `path` the one before, leaving it where it is if the file system has hard links."""
+    spare = previous(path).with_suffix(".tmp")
+    with suppress(FileNotFoundError):
+        spare.unlink()
+    try:
+        os.link(path, spare)
+    except OSError:
+        os.replace(path, previous(path))
+    else:
+        os.replace(spare, previous(path))
 
 
 def previous(path: Path) -> Path:

@@ -38,7 +38,7 @@ from budgeted.cells import RESULT_SCHEMA, now
 from budgeted.data import STOP_SIGNALS, Batches, let_workers_end, loader
 from budgeted.distributed import World
 from budgeted.errors import UserError
-from budgeted.files import finite
+from budgeted.journal import Journal
 from budgeted.randomness import EVALUATION, STEPS, preserved, seed_all
 from budgeted.recipe import Recipe
 from budgeted.scheduler import BudgetedLR
@@ -81,6 +81,7 @@ class Session:
         self.metrics: dict[str, dict[str, Any]] = {}
         self.started = now()
         self._evaluated_at = -1
+        self._owed = False  # an evaluation is due that has not been made
         self._pending: list[tuple[int, torch.Tensor | float, float]] = []  # step, loss, learning rate
         self._first_step: float | None = None
         self._clock = 0.0  # progress of a clock budget, as of the last step
@@ -113,8 +114,9 @@ class Session:
         self.scheduler = BudgetedLR(optimizer, self.recipe.schedule, self.horizon, progress)
         self._restore()
         optimizer.register_step_pre_hook(self._before_update)
-        if self.world.is_main:
-            self.metrics_file = open(self.cell.metrics, "a")  # noqa: SIM115
+        if self.cfg["on_nonfinite"] == "skip":
+            self._buffers = [b for b in model.buffers() if b.is_floating_point()]
+            self._kept = [b.clone() for b in self._buffers]
         self._catch_signals()
         let_workers_end(False)
         self._bar = tqdm(
@@ -184,6 +186,10 @@ class Session:
 
     def before_step(self) -> None:
         """Set the rates of the coming update and key all randomness by (seed, step, rank)."""
+        if self._owed:  # by the checkpoint that the run goes on from
+            self.evaluate()
+        if self.cfg["on_nonfinite"] == "skip":
+            _copy(self._buffers, self._kept)
         self._previous_progress = self.progress
         self.scheduler.set_step(self.step)
         seed_all(self.seed, STEPS, self.step, self.rank)
@@ -199,11 +205,19 @@ class Session:
         if logged:
             self._log(step)
         before, after = self._previous_progress, min(1.0, self.progress)
-        if self._evals(self.step, after) > self._evals(step, before) or self.finished:
-            self.evaluate()
+        self._owed = self._evals(self.step, after) > self._evals(step, before) or self.finished
         self._advance_bar()
+        # Saved before it is evaluated: a signal, or a kill, in a long evaluation costs no training.
+        self._save_or_stop(self._saves(self.step, after) > self._saves(step, before) or self.finished)
+        if self._owed:
+            self.evaluate()
+            if self._asked()[0]:
+                self._save_or_stop(True)
+
+    def _save_or_stop(self, due: bool) -> None:
+        """Save where a checkpoint is due by progress or by the minutes, or a signal came; then leave after a signal."""
         stop, overdue = self._asked()
-        if stop or overdue or self._saves(self.step, after) > self._saves(step, before) or self.finished:
+        if due or stop or overdue:
             self.save()
         if stop:
             self._write_state("partial")
@@ -211,6 +225,7 @@ class Session:
 
     def evaluate(self) -> None:
         """Evaluate now, outside the training clock, and record the metrics at the last step made."""
+        self._owed = False
         if self._evaluated_at == self.step:
             return
         start, step = time.perf_counter(), self.step - 1
@@ -269,6 +284,7 @@ class Session:
         if self.cfg["on_nonfinite"] == "skip" and not math.isfinite(norm):
             for p in parameters:
                 p.grad = None  # optimizers leave out a parameter without a gradient
+            _copy(self._kept, self._buffers)  # batch-norm statistics never recover from what is not finite
             self.skipped += 1
             log.warning("step %d left out: its gradient is not finite (learning rate %g)", self.step, self._applied_lr)
 
@@ -305,20 +321,25 @@ class Session:
 
     def _write_line(self, line: dict[str, Any]) -> None:
         if self.world.is_main:
-            self.metrics_file.write(json.dumps(finite(line)) + "\n")
-            self.metrics_file.flush()
+            self.journal.write(line)
 
     def _advance_bar(self) -> None:
         bar = self._bar
-        bar.update((self.step if self.horizon else int(100 * self.progress)) - bar.n)
-        bar.set_postfix(lr=f"{self._applied_lr:.3g}", loss=f"{self._loss:.3g}", refresh=False)
+        try:
+            bar.update((self.step if self.horizon else int(100 * self.progress)) - bar.n)
+            bar.set_postfix(lr=f"{self._applied_lr:.3g}", loss=f"{self._loss:.3g}", refresh=False)
+        except OSError:  # the terminal is gone; the run goes on
+            bar.disable = True
 
     def _write_state(self, state: str, error: str | None = None) -> None:
         if self.world.is_main:
             rate = self.samples / self.elapsed if self.elapsed else None
             left = (1 / self.progress - 1) * self.elapsed if self.progress else None
             more = {"samples_per_second": rate, "eta_seconds": left, "progress": self.progress}
-            self.cell.write_state(state, self.step, self.horizon, error, **more)
+            try:
+                self.cell.write_state(state, self.step, self.horizon, error, **more)
+            except OSError as full:  # for the eyes of mode=status alone
+                log.warning("%s: state.json cannot be written (%s)", self.cell.name, full)
 
     # -- saving and going on --------------------------------------------------------------------------------
 
@@ -327,7 +348,6 @@ class Session:
         start = time.perf_counter()
         self._check_losses()
         if self.world.is_main:
-            os.fsync(self.metrics_file.fileno())
             checkpoint.save(self.cell.checkpoint, self._content())
             self._saved_step = self.step - 1
             self._write_state("running")
@@ -336,6 +356,8 @@ class Session:
 
     def _content(self) -> dict[str, Any]:
         counters = {k: getattr(self, k) for k in _COUNTERS}
+        unjudged = self._first_step or 0.0  # may be all compiling: the clock must not carry it
+        counters |= {"elapsed": self.elapsed - unjudged, "compile_seconds": self.compile_seconds + unjudged}
         return {
             "recipe": json.dumps(self.recipe.fields, sort_keys=True),
             "signature": self.cell.signature,
@@ -344,6 +366,8 @@ class Session:
             "counters": counters,
             "metrics": self.metrics,
             "evaluated_at": self._evaluated_at,
+            "owed": self._owed,
+            "journal": self.journal.mark(),
             "first_started": self.started,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -353,10 +377,11 @@ class Session:
     def _restore(self) -> None:
         content = checkpoint.load(self.cell.checkpoint)
         if content is None:
-            self._cut_metrics(0)
+            self._open_journal(None)
             return
         try:
             self._take(content)
+            self._open_journal(content["journal"])
         except (KeyError, TypeError, AttributeError) as error:
             what = f"{type(error).__name__}: {error}"
             raise checkpoint.BrokenCheckpoint(
@@ -365,7 +390,6 @@ class Session:
         self.resumed += 1
         if self.recipe.seconds:
             self._read_clock()
-        self._cut_metrics(self.step)
         log.info("%s goes on at step %d", self.cell.name, self.step)
 
     def _take(self, content: dict[str, Any]) -> None:
@@ -377,7 +401,8 @@ class Session:
         self.scheduler.load_state_dict(content["scheduler"])
         self.step, self.metrics = content["step"], content["metrics"]
         self._saved_step = self.step - 1
-        self._evaluated_at, self.started = content["evaluated_at"], content["first_started"]
+        self._evaluated_at, self._owed = content["evaluated_at"], content["owed"]
+        self.started = content["first_started"]
         for name, value in content["counters"].items():
             setattr(self, name, value)
 
@@ -388,20 +413,9 @@ class Session:
         if lines:
             raise ValueError(f"{self.cell.checkpoint} is of another recipe: {'; '.join(lines)}")
 
-    def _cut_metrics(self, step: int) -> None:
-        """Leave only the whole lines of steps before `step`, so that none is doubled."""
-        if not self.world.is_main or not self.cell.metrics.exists():
-            return
-        end = 0
-        with open(self.cell.metrics, "rb+") as handle:
-            for line in handle:
-                try:
-                    if not line.endswith(b"\n") or json.loads(line)["step"] >= step:
-                        break
-                except (ValueError, KeyError, TypeError, RecursionError):
-                    break
-                end += len(line)
-            handle.truncate(end)
+    def _open_journal(self, mark: dict[str, Any] | None) -> None:
+        if self.world.is_main:
+            self.journal = Journal(self.cell.metrics, mark, self.step, self.step - self._owed)
 
     # -- signals --------------------------------------------------------------------------------------------
 
@@ -435,6 +449,9 @@ class Session:
         if self._evaluated_at != self.step:
             self.evaluate()
             self.save()
+        metric, rule = self.cfg["task"]["metric"], self.cfg["task"]["rule"]
+        if not math.isfinite(self.metrics[metric][rule]):
+            raise NonFinite(f"the {rule} {metric} is {self.metrics[metric][rule]}: there is nothing to report")
         weights = self._evaluation_weights() if self._evaluation_weights else nullcontext()
         with preserved(), weights:
             seed_all(self.seed, EVALUATION, self.step - 1, self.rank)
@@ -457,8 +474,8 @@ class Session:
         let_workers_end(True)
         if hasattr(self, "_bar"):
             self._bar.close()
-        if hasattr(self, "metrics_file"):
-            self.metrics_file.close()
+        if hasattr(self, "journal"):
+            self.journal.close()
 
     def _result(self, digest: str) -> dict[str, Any]:
         task, data, rule = self.cfg["task"], self.recipe.data, self.cfg["task"]["rule"]
@@ -535,6 +552,11 @@ def git_state() -> dict[str, Any]:
 def _cpuinfo() -> list[str]:
     path = Path("/proc/cpuinfo")
     return path.read_text().splitlines() if path.exists() else []
+
+
+def _copy(source: list[torch.Tensor], target: list[torch.Tensor]) -> None:
+    for a, b in zip(source, target, strict=True):
+        b.copy_(a)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -7,7 +7,7 @@ import logging
 import signal
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -131,6 +131,7 @@ def _record_failure(cell: Cell, world: World, session: Session | None, error: Ba
         log.error("the failure could not be recorded: %s", full)
 
 
+NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
 LOST_PEER = ("gloo", "NCCL", "onnection closed", "onnection reset", "Broken pipe")
 
 
@@ -140,7 +141,7 @@ def one_line(error: BaseException) -> str:
     if "Original Traceback" in text:  # from a data worker: torch puts the traceback into the message
         text = text.strip().splitlines()[-1].partition(": ")[2]
     first = " ".join(text.split())[:500] or type(error).__name__
-    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or "out of memory" in first.lower():
+    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or any(w in first.lower() for w in NO_MEMORY):
         return f"out of memory: {first}; try micro_batch= or precision=bf16"
     return first if isinstance(error, UserError) else f"{type(error).__name__}: {first}"
 
@@ -191,14 +192,29 @@ def _logged(cell: Cell, world: World) -> Iterator[None]:
     if not world.is_main:
         yield
         return
-    handler = logging.FileHandler(cell.directory / "run.log")
+    handler = _RunLog(cell.directory / "run.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
     try:
         yield
     finally:
         log.removeHandler(handler)
-        handler.close()
+        with suppress(OSError):
+            handler.close()
+
+
+class _RunLog(logging.FileHandler):
+    """A log that a full disk does not turn into a second error, printed over the first."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
+def let_go(error: BaseException | None) -> None:
+    """Empty the frames of a failed run: a sweep keeps its errors, and with them a model and its data workers."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _write_config(recipe: Recipe, world: World) -> None:

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ def train(cfg: Any, choices: Choices) -> float | None:
         log.error("%s failed: %s", recipe.cell.name, base.one_line(error))
         if alone and os.environ.get("HYDRA_FULL_ERROR") != "1":
             raise SystemExit(2 if isinstance(error, UserError) else 1) from None
+        base.let_go(error)
         raise
     if result is None:
         return None
@@ -155,9 +157,10 @@ def set_up_logging() -> None:
 class _AboveTheBar(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         line = self.format(record)
-        if "tqdm" in sys.modules:
-            from tqdm import tqdm
+        with suppress(OSError):  # the terminal is gone; the run goes on, and run.log has it too
+            if "tqdm" in sys.modules:
+                from tqdm import tqdm
 
-            tqdm.write(line, file=sys.stderr)
-        else:
-            print(line, file=sys.stderr)
+                tqdm.write(line, file=sys.stderr)
+            else:
+                print(line, file=sys.stderr)

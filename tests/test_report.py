@@ -18,6 +18,7 @@ from rich.console import Console
 from benchmarks import plots, report, status, tables
 from benchmarks.make_results import make, record, write_run
 from benchmarks.results import BadFile, amount, clean, last_step, read_curve, scan
+from budgeted.cells import digest
 
 HERE = socket.gethostname()
 
@@ -179,8 +180,9 @@ def test_best_place_is_the_share_of_the_run(tmp_path):
 
 def edit(path, change):
     data = json.loads((path / "result.json").read_text())
+    data.pop("digest")
     change(data)
-    (path / "result.json").write_text(json.dumps(data))
+    (path / "result.json").write_text(json.dumps({**data, "digest": digest(data)}))
 
 
 HOSTILE = {
@@ -229,6 +231,15 @@ def test_a_broken_file_never_counts(tmp_path, content):
     assert [e.state for e in scan(tmp_path)] == ["unreadable"]
     page = report.build(tmp_path).read_text()
     assert "imagenet/linear/10%/s0" in page and "<b>1</b> unreadable" in page
+
+
+def test_a_digit_changed_anywhere_never_counts(tmp_path):
+    path = put(tmp_path, "imagenet", "linear", "10%", 0, 0.5) / "result.json"
+    whole = path.read_bytes()
+    for at in range(0, len(whole), 11):
+        if chr(whole[at]).isdigit():
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+            assert [e.state for e in scan(tmp_path)] == ["unreadable"]
 
 
 def test_a_result_truncated_anywhere_never_counts(tmp_path):
