@@ -68,7 +68,7 @@ def _refuse_what_hydra_refuses(words: list[str], multirun: bool) -> None:
     """Compose once as Hydra will: a + too many or too few, an unknown launcher and the like, in one line."""
     try:
         _loader().load_configuration("config", words, RunMode.MULTIRUN if multirun else RunMode.RUN)
-    except (HydraException, OmegaConfBaseException, AssertionError) as error:
+    except (HydraException, OmegaConfBaseException, AssertionError, TypeError, ValueError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise UserError("; ".join(line for line in lines if "object_type" not in line)[:300]) from None
 
@@ -84,8 +84,10 @@ def _parsed(argument: str) -> Override:
         raise UserError(f"{argument}: not an option; write key=value, e.g. task=imagenet_tiny budget=10%")
     try:  # parse_overrides, unlike parse_override, lets glob(*) see the options
         return OverridesParser.create(config_loader=_loader()).parse_overrides([argument])[0]
-    except HydraException:
-        raise UserError(f"{argument}: cannot be read; quote a value that holds a comma, bracket, space or =") from None
+    except (HydraException, ValueError):
+        raise UserError(
+            f"{argument[:200]}: cannot be read; quote a value that holds a comma, bracket, space or ="
+        ) from None
 
 
 def _check(override: Override, multirun: bool) -> None:
@@ -175,8 +177,9 @@ def _validated(overrides: tuple[str, ...]) -> Config:
 def _check_values(cfg: Config, named: Config) -> None:
     validate(cfg)
     same_types(cfg, named)
-    if cfg["optimizer"]["name"] != named["optimizer"]["name"]:
-        raise UserError(f"optimizer.name={cfg['optimizer']['name']}: write optimizer={cfg['optimizer']['name']}")
+    for group in ("schedule", "optimizer"):
+        if cfg[group]["name"] != named[group]["name"]:
+            raise UserError(f"{group}.name={cfg[group]['name']}: write {group}={cfg[group]['name']}")
 
 
 def _recipe(cfg: Config, choices: Mapping[str, str]) -> Recipe:
