@@ -13,9 +13,12 @@ import textwrap
 import pytest
 from conftest import ROOT
 from hydra import compose, initialize_config_dir
+from hypothesis import given
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from budgeted.errors import UserError
+from budgeted.recipe import flatten
 from tasks import cli
 
 GROUPS = {group: cli.options(group) for group in ("task", "schedule", "budget", "optimizer", "sweep")}
@@ -175,6 +178,9 @@ BAD = [
     ("task.metric=miou", "top1 or top5"),
     ("task.name=../../etc/x", "names a folder"),
     ("optimizer.name=adam", "write optimizer=adam"),
+    ("schedule.name=step", "write schedule=step"),
+    ("schedule.name={1:2}", "write schedule="),
+    ("-m hydra/launcher=nan", "must be a string"),
     ("optimizer=adam task.lr=0.5", "optimizer.lr"),
     ("schedule=refined", "schedule.run=DIR"),
     ("schedule=replay schedule.run=nowhere", "no metrics.jsonl there"),
@@ -194,6 +200,7 @@ GOOD = [
     "mode=plan schedule=step budget=100% task=imagenet",
     "-m mode=plan schedule=step,linear budget=1%,100%",
     "-m sweep=table3 mode=plan",
+    "-m sweep=smoke schedule=linear mode=plan",
     "--help",
 ]
 
@@ -252,7 +259,14 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(answers, words, said):
     ("words", "said"),
     zip(
         GOOD,
-        ["imagenet_tiny/linear/10%/s0", "500,400", "imagenet_tiny/step/100%/s0", "144", "schedule: constant, cosine"],
+        [
+            "imagenet_tiny/linear/10%/s0",
+            "500,400",
+            "imagenet_tiny/step/100%/s0",
+            "144 cells",
+            "8 cells",
+            "schedule: constant, cosine",
+        ],
         strict=True,
     ),
     ids=GOOD,
@@ -264,6 +278,27 @@ def test_plans_and_help_launch_nothing_and_need_no_torch(answers, words, said):
 
 def test_neither_plans_nor_bad_input_write_anything(answers):
     assert answers[2] == answers[1]
+
+
+keys = st.sampled_from(
+    [*flatten(cli.configuration(())), *GROUPS, "data", "+task.options.x", "++seed", "+foo", "a.b.c", "task.lr.x"]
+)
+values = st.one_of(
+    st.sampled_from(["", "null", "true", "1", "-1", "1e400", "nan", "[]", "{}", "[1,2]", "{a:1}", "{1:2}", "[a:1]", "${seed}", "${", "???",
+                     "'q'", "1,2", "range(3)", "glob(*)", "float(a)", "5%", "../x", "0x10", "9" * 5000, "[[1]]", "[nan]", "@", "\\"]),
+    st.text("015.eE%-_ [{(,)}]='\"\\$:@#~é\n", max_size=6),
+)  # fmt: skip
+
+
+@given(st.lists(st.tuples(keys, values).map("=".join), min_size=1, max_size=2), st.booleans())
+def test_any_words_are_a_plan_or_a_user_error(words, multirun):
+    try:
+        if multirun:
+            cli.recipes(cli.expand([*words, "mode=plan"]))
+        else:
+            cli.check_arguments([*words, "mode=plan"])
+    except UserError as error:
+        assert str(error)
 
 
 def run(folder, *words, **env):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -16,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from budgeted.budgets import Epoch
-from budgeted.data import Batches, Positioned, loader
+from budgeted.data import STOP_SIGNALS, Batches, Positioned, loader
 from budgeted.randomness import permutation, seed_all
 
 
@@ -147,36 +146,35 @@ def test_micro_batches_are_the_batch_cut_up():
 
 # -- signals ------------------------------------------------------------------------------------------------
 
-WORKER = """
-import sys, time, torch
-sys.path[:0] = {path!r}
-from budgeted.budgets import Epoch
-from budgeted.data import Batches, loader
+
 class Slow(torch.utils.data.Dataset):
-    def __len__(self): return 8
-    def __getitem__(self, k):
-        time.sleep(.02)
-        return k
-if __name__ == "__main__":
-    import signal
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, lambda *a: None)
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        time.sleep(0.02)
+        return index
+
+
+def _load(pipe):
+    os.setsid()
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda *_: None)
     batches = iter(loader(Slow(), 0, Batches(Epoch(8, 2), 0, 20), workers=1))
-    next(batches)
-    print("ready", flush=True)
-    print(1 + sum(1 for _ in batches), flush=True)
-"""
+    pipe.send(len(next(batches)))
+    pipe.send(1 + sum(1 for _ in batches))
 
 
-@pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs process groups")
 def test_workers_leave_signals_to_the_trainer():
     """The whole process group is told to stop, as a scheduler or ^C does it; the loading goes on to its end."""
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    child = subprocess.Popen(
-        [sys.executable, "-c", WORKER.format(path=[root])], stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    assert child.stdout.readline() == "ready\n"
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        os.killpg(child.pid, number)
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+    trainer = context.Process(target=_load, args=(there,))
+    trainer.start()
+    assert here.recv() == 2
+    for number in STOP_SIGNALS:
+        os.killpg(trainer.pid, number)
         time.sleep(0.02)
-    assert child.communicate(timeout=60)[0].strip() == "20" and child.returncode == 0
+    assert here.poll(60) and here.recv() == 20
+    trainer.join()
+    assert trainer.exitcode == 0

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import resource
 import signal
 import time
 
@@ -359,6 +360,22 @@ def test_checkpoints_come_by_progress_or_by_minutes(toy, monkeypatch):
     saved.clear()
     toy(checkpoint__minutes=0, amount="3it").train()
     assert saved == [1, 2, 3]
+
+
+@pytest.mark.parametrize("room", [0, 60, 300, 1000, 2000, 4000])
+def test_a_full_disk_fails_cleanly_and_the_run_goes_on_once_there_is_room(toy, whole, room):
+    """No file may grow beyond `room` bytes: a line of the log, a state, a checkpoint or the result is cut short."""
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    run = toy()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, most[1]))
+    try:
+        with pytest.raises((OSError, RuntimeError)):
+            run.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
+    assert run.recipe.cell.state != "done"
+    again = toy()
+    agrees(again, again.train(), whole)
 
 
 # -- signals ------------------------------------------------------------------------------------------------
