@@ -99,7 +99,7 @@ def test_one_cell_leaves_the_files_of_the_contract(tmp_path):
     assert {p.name for p in cell.iterdir()} == names
     trace = [x for x in lines(cell / "metrics.jsonl") if "lr" in x]
     assert [x["step"] for x in trace] == [0, 1, 2]
-    assert [x["lr"] for x in trace] == pytest.approx([0.1, 0.1 * 2 / 3, 0.1 / 3], rel=1e-9)
+    assert [x["lr"] for x in trace] == pytest.approx([0.05, 0.05 * 2 / 3, 0.05 / 3], rel=1e-9)
     result = json.loads((cell / "result.json").read_text())
     wanted = """schema task schedule optimizer budget seed signature status reported metrics iterations_done samples_seen
         train_seconds eval_seconds data_wait_seconds compile_seconds samples_per_second peak_memory_bytes device precision
@@ -193,7 +193,7 @@ def test_a_clock_budget_killed_twice_ends_on_time(tmp_path):
     assert result["resumed"] == 2
     assert trace[-1]["lr"] < 0.01 < trace[0]["lr"]
     assert [x["step"] for x in trace] == list(range(len(trace)))
-    assert all(x["lr"] == pytest.approx(0.1 * (1 - x["progress"]), rel=1e-9) for x in trace)
+    assert all(x["lr"] == pytest.approx(0.05 * (1 - x["progress"]), rel=1e-9) for x in trace)
 
 
 @pytest.mark.slow

@@ -86,5 +86,5 @@ def test_the_percentages(budget, tmp_path):
     lines = [json.loads(x) for x in recipe.cell.metrics.read_text().splitlines()]
     schedule = recipe.schedule
     assert [x["lr"] for x in lines if "lr" in x] == pytest.approx(
-        [0.1 * schedule(t / total) for t in range(total)], rel=1e-9
+        [0.05 * schedule(t / total) for t in range(total)], rel=1e-9
     )
