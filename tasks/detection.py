@@ -44,7 +44,10 @@ from detectron2.data.build import trivial_batch_collator  # noqa: E402
 from detectron2.data.datasets import register_coco_instances  # noqa: E402
 from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, create_ddp_model, defaults  # noqa: E402
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset  # noqa: E402
-from detectron2.modeling import build_model  # noqa: E402
+from detectron2.layers import ShapeSpec  # noqa: E402
+from detectron2.modeling import BACKBONE_REGISTRY, FPN, ResNet, build_model  # noqa: E402
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool  # noqa: E402
+from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem  # noqa: E402
 from detectron2.solver import build_optimizer  # noqa: E402
 from detectron2.solver.build import maybe_add_gradient_clipping  # noqa: E402
 from detectron2.utils.events import EventStorage  # noqa: E402
@@ -57,11 +60,11 @@ class Detection:
     """The adapter: what tasks.base.Adapter asks for."""
 
     def __init__(self, cfg: dict, data: DataSummary, device: torch.device) -> None:
-        if cfg["compile"]:
-            raise UserError("compile=true: images change size at every step, which torch.compile does not take; false")
         self.cfg, self.device = cfg, device
-        self.config = zoo.config(cfg, len(data.classes), device)
-        self.names = {split: register(data.root, split) for split in layouts.SPLITS}
+        self.config = zoo.config(cfg, len(data.classes), str(device))
+        self.config.SOLVER.BASE_LR = float(base.base_lr(cfg))
+        self.config.SOLVER.WEIGHT_DECAY = float(base.weight_decay(cfg))
+        self.names = {split: register(data.root, split) for split in ("train", "val")}
         self.trainer: Trainer = None  # type: ignore[assignment]
 
     def build(self, session: Any) -> None:
@@ -248,6 +251,20 @@ class Drive(HookBase):
 
 class Finished(BaseException):
     """The budget is spent. No `Exception`: upstream would log it as a failure."""
+
+
+@BACKBONE_REGISTRY.register()
+def build_small_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """Upstream's ResNet with one basic block in each of its four stages, under upstream's FPN: for coco_tiny."""
+    resnets, stages = cfg.MODEL.RESNETS, []
+    channels, wider = resnets.STEM_OUT_CHANNELS, resnets.RES2_OUT_CHANNELS
+    stem = BasicStem(input_shape.channels, channels, resnets.NORM)
+    for stride in (1, 2, 2, 2):
+        stages.append([BasicBlock(channels, wider, stride=stride, norm=resnets.NORM)])
+        channels, wider = wider, 2 * wider
+    bottom_up = ResNet(stem, stages, out_features=resnets.OUT_FEATURES, freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT)
+    fpn = cfg.MODEL.FPN
+    return FPN(bottom_up, fpn.IN_FEATURES, fpn.OUT_CHANNELS, fpn.NORM, LastLevelMaxPool(), fpn.FUSE_TYPE)
 
 
 class Images(Dataset):

@@ -1,33 +1,26 @@
-"""detectron2's model zoo: its configs with a recipe's values in them, and files of weights read without risk."""
+"""detectron2's model zoo: its configs with a recipe's values in them, and files of weights read without risk.
+
+`check` is what can be found wrong before torch is imported; the rest imports detectron2 on use.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from budgeted.errors import UserError, nearest
 from budgeted.recipe import flatten
-from tasks import base, compat
+from tasks import compat
 from tasks.cifar10 import ArraysOnly
 
-compat.detectron2()  # before what follows: importing detectron2 needs help
-
-from detectron2 import model_zoo  # noqa: E402
-from detectron2.checkpoint import DetectionCheckpointer  # noqa: E402
-from detectron2.config import CfgNode  # noqa: E402
-from detectron2.layers import ShapeSpec  # noqa: E402
-from detectron2.modeling import BACKBONE_REGISTRY, FPN, ResNet  # noqa: E402
-from detectron2.modeling.backbone.fpn import LastLevelMaxPool  # noqa: E402
-from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem  # noqa: E402
-from detectron2.utils.file_io import PathManager  # noqa: E402
+if TYPE_CHECKING:
+    import torch
+    from detectron2.config import CfgNode
 
 log = logging.getLogger("budgeted")
-CONFIGS = Path(str(model_zoo.__file__)).parent / "configs"
 HOME = "https://dl.fbaipublicfiles.com/detectron2/"  # what upstream's detectron2:// stands for
 # Options that are decided elsewhere, and where.
 OWNED = {
@@ -50,16 +43,41 @@ OWNED = {
 }
 
 
-def config(cfg: dict, classes: int, device: torch.device) -> CfgNode:
-    """The zoo's config `task.model` with the recipe's values and `task.options` in it.
+def check(cfg: Mapping[str, Any]) -> None:
+    """Raise UserError for a model that there is not and an option that is decided elsewhere. Imports no torch."""
+    task, known = cfg["task"], names()
+    if cfg["compile"]:
+        raise UserError("compile=true: images change size at every step, which torch.compile does not take; false")
+    if known and task["model"] not in known:
+        alike = [name for name in known if Path(name).stem == Path(task["model"]).stem] or known
+        hint = nearest(task["model"], alike)
+        raise UserError(f"task.model={task['model']}: no detector of boxes and masks in detectron2's zoo; {hint}")
+    for name in flatten(task["options"]):
+        for owner, keys in OWNED.items():
+            if any(f"{name}.".startswith(f"{key}.") for key in keys):
+                raise UserError(f"task.options.{name}: decided by {owner}, and nowhere else")
 
-    Raises UserError for a name, an option or a kind of model that there is not.
+
+def names() -> list[str]:
+    """Detectors of boxes and masks in the zoo, as upstream names their configs; none where it is not installed."""
+    found = importlib.util.find_spec("detectron2")
+    if not found or not found.submodule_search_locations:
+        return []
+    folder = Path(found.submodule_search_locations[0], "model_zoo", "configs")
+    kinds = ("COCO-Detection", "COCO-InstanceSegmentation", "Cityscapes", "PascalVOC-Detection", "Misc")
+    return sorted(str(path.relative_to(folder)) for kind in kinds for path in folder.glob(f"{kind}/*.yaml"))
+
+
+def config(cfg: Mapping[str, Any], classes: int, device: str) -> CfgNode:
+    """The zoo's config `task.model` with `task.options` and what the recipe decides in it, rates aside.
+
+    Raises UserError for what `check` refuses, for an option or a kind of model that there is not.
     """
+    compat.detectron2()
+    check(cfg)
+    from detectron2 import model_zoo
+
     task, optimizer = cfg["task"], cfg["optimizer"]
-    names = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.glob("*/*.yaml") if "Base-" not in path.name)
-    if task["model"] not in names:
-        alike = [name for name in names if Path(name).stem == Path(task["model"]).stem] or names
-        raise UserError(f"task.model={task['model']}: not in detectron2's model zoo; {nearest(task['model'], alike)}")
     node = model_zoo.get_config(task["model"])
     known = flatten(node)
     for name, value in flatten(task["options"]).items():
@@ -76,8 +94,7 @@ def config(cfg: dict, classes: int, device: torch.device) -> CfgNode:
     if task["metric"].startswith("mask") and not model.MASK_ON:
         raise UserError(f"task.metric={task['metric']}: {task['model']} has no masks; task.metric=box_ap")
     model.ROI_HEADS.NUM_CLASSES = model.RETINANET.NUM_CLASSES = classes
-    model.DEVICE = str(device)
-    solver.BASE_LR, solver.WEIGHT_DECAY = float(base.base_lr(cfg)), float(base.weight_decay(cfg))
+    model.DEVICE = device
     solver.MOMENTUM, solver.NESTEROV = optimizer.get("momentum", 0.0), optimizer.get("nesterov", False)
     solver.IMS_PER_BATCH, solver.STEPS, solver.WARMUP_ITERS = task["batch_size"], (), 0
     node.TEST.EXPECTED_RESULTS = []
@@ -85,10 +102,7 @@ def config(cfg: dict, classes: int, device: torch.device) -> CfgNode:
 
 
 def set_option(node: CfgNode, known: Mapping[str, Any], name: str, value: Any) -> None:
-    """Set the dotted `name` in `node`. Raises UserError where the suite decides it, or upstream has no such key."""
-    for owner, keys in OWNED.items():
-        if any(f"{name}.".startswith(f"{key}.") for key in keys):
-            raise UserError(f"task.options.{name}: decided by {owner}, and nowhere else")
+    """Set the dotted `name` in `node`. Raises UserError where upstream has no such key, or wants another type."""
     if name not in known:
         raise UserError(f"task.options.{name}: detectron2 has no such option; {nearest(name, known)}")
     if isinstance(known[name], float) and type(value) is int:
@@ -100,25 +114,13 @@ def set_option(node: CfgNode, known: Mapping[str, Any], name: str, value: Any) -
         raise UserError(f"task.options.{name}={value}: detectron2 wants a {kind} like {known[name]}") from None
 
 
-@BACKBONE_REGISTRY.register()
-def build_small_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Upstream's ResNet with one basic block in each of its four stages, under upstream's FPN: for coco_tiny."""
-    resnets, stages = cfg.MODEL.RESNETS, []
-    channels, wider = resnets.STEM_OUT_CHANNELS, resnets.RES2_OUT_CHANNELS
-    stem = BasicStem(input_shape.channels, channels, resnets.NORM)
-    for stride in (1, 2, 2, 2):
-        stages.append([BasicBlock(channels, wider, stride=stride, norm=resnets.NORM)])
-        channels, wider = wider, 2 * wider
-    bottom_up = ResNet(stem, stages, out_features=resnets.OUT_FEATURES, freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT)
-    fpn = cfg.MODEL.FPN
-    return FPN(bottom_up, fpn.IN_FEATURES, fpn.OUT_CHANNELS, fpn.NORM, LastLevelMaxPool(), fpn.FUSE_TYPE)
-
-
-def load_weights(model: nn.Module, weights: str) -> None:
+def load_weights(model: torch.nn.Module, weights: str) -> None:
     """Load a .pth, a checkpoint of the suite or detectron2's .pkl, by upstream's rules of renaming.
 
     All of the backbone has to come from it. Raises UserError when it does not, or when the file cannot be had.
     """
+    from detectron2.checkpoint import DetectionCheckpointer
+
     path = fetch(weights)
     try:
         result = DetectionCheckpointer(model, save_to_disk=False)._load_model(read_weights(path))
@@ -141,6 +143,8 @@ def fetch(weights: str) -> Path:
         if not path.is_file():
             raise UserError(f"task.weights={weights}: no such file; give a path, none, or an address of detectron2's")
         return path
+    from detectron2.utils.file_io import PathManager
+
     try:
         return Path(PathManager.get_local_path(weights))
     except Exception as error:  # no network, no such address, no handler for it
@@ -151,6 +155,8 @@ def fetch(weights: str) -> Path:
 
 def read_weights(path: Path) -> dict[str, Any]:
     """A file's content in the form that upstream's checkpointer takes. Nothing in the file is run."""
+    import torch
+
     if path.suffix != ".pkl":
         content = torch.load(path, map_location="cpu", weights_only=True)
         return {"model": content.get("evaluated") or content.get("model") or content}

@@ -109,10 +109,12 @@ print(model_zoo.get_config("COCO-Detection/retinanet_R_50_FPN_1x.yaml").MODEL.ME
 
 
 def configured(zoo, *words, task="coco", classes=80):
-    return zoo.config(cli.configuration((f"task={task}", "data.root=/x", *words)), classes, CPU)
+    return zoo.config(cli.configuration((f"task={task}", "data.root=/x", *words)), classes, "cpu")
 
 
 def test_the_recipe_is_the_papers(zoo):
+    from detectron2 import model_zoo
+
     from budgeted.recipe import resolve
 
     cfg = cli.configuration(("task=coco", "data.root=/x", "budget=100%", "schedule=step"))
@@ -120,9 +122,10 @@ def test_the_recipe_is_the_papers(zoo):
     assert recipe.total == 90_000
     rates = [0.02 * recipe.schedule(t / 90_000) for t in (0, 500, 1000, 59_999, 60_000, 79_999, 80_000)]
     assert rates == pytest.approx([2e-5, 0.01001, 0.02, 0.02, 0.002, 0.002, 0.0002])
-    node = zoo.config(cfg, 80, CPU)
-    theirs = zoo.model_zoo.get_config(MASKS)
-    for key in ("IMS_PER_BATCH", "BASE_LR", "WEIGHT_DECAY", "WEIGHT_DECAY_NORM", "MOMENTUM", "CLIP_GRADIENTS"):
+    node = zoo.config(cfg, 80, "cpu")
+    theirs = model_zoo.get_config(MASKS)
+    assert (cfg["task"]["lr"], cfg["task"]["weight_decay"]) == (theirs.SOLVER.BASE_LR, theirs.SOLVER.WEIGHT_DECAY)
+    for key in ("IMS_PER_BATCH", "WEIGHT_DECAY_NORM", "MOMENTUM", "NESTEROV", "CLIP_GRADIENTS"):
         assert node.SOLVER[key] == theirs.SOLVER[key], key
     assert cfg["task"]["weights"] == theirs.MODEL.WEIGHTS
     same = {**theirs.MODEL, "DEVICE": "cpu"}
@@ -143,15 +146,31 @@ def test_the_data_says_how_many_classes(zoo):
             "COCO-Detection/faster_rcnn_R_50_FPN_2x.yaml",
             "did you mean 'COCO-Detection/faster_rcnn_R_50_FPN_[13]x.yaml'",
         ),
-        ("COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml", "not a detector of boxes and masks"),
-        ("COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml", "not a detector of boxes and masks"),
-        ("COCO-Detection/rpn_R_50_FPN_1x.yaml", "not a detector of boxes and masks"),
-        ("LVISv1-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml", "not a detector of boxes and masks"),
+        ("COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml", "detector of boxes and masks"),
+        ("COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml", "detector of boxes and masks"),
+        ("COCO-Detection/rpn_R_50_FPN_1x.yaml", "detector of boxes and masks"),
+        ("LVISv1-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml", "detector of boxes and masks"),
     ],
 )
 def test_models_that_there_are_not(zoo, name, words):
     with pytest.raises(UserError, match=words):
         configured(zoo, f"task.model={name}")
+
+
+def test_what_can_be_found_wrong_early_needs_no_torch():
+    code = """
+import sys
+from budgeted.errors import UserError
+from tasks import cli, zoo
+cfg = cli.configuration(("task=coco", "data.root=/x", "task.model=COCO-Detection/faster_rcnn"))
+try:
+    zoo.check(cfg)
+except UserError as error:
+    print(error)
+assert not {"torch", "detectron2"} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO)
+    assert "did you mean 'COCO-Detection/faster_rcnn" in done.stdout, done.stderr
 
 
 def test_a_metric_of_masks_needs_masks(zoo):
@@ -343,7 +362,9 @@ def test_without_a_network_the_line_says_where_the_weights_are(zoo, small, monke
     def refuse(*args, **kwargs):
         raise urllib.error.URLError("no route")
 
-    monkeypatch.setattr(zoo.PathManager, "get_local_path", refuse)
+    from detectron2.utils.file_io import PathManager
+
+    monkeypatch.setattr(PathManager, "get_local_path", refuse)
     with pytest.raises(
         UserError,
         match=r"from https://dl.fbaipublicfiles.com/detectron2/ImageNetPretrained/MSRA/R-50.pkl .*no route.*task.weights=PATH",
