@@ -201,6 +201,8 @@ def replay(run: str = "") -> Schedule:
 
     Warm-up and hold are in the recorded rates already, so neither is applied on top of it.
     """
+    if [row.get("step") for row in _rows(run)] != list(range(len(_rows(run)))):
+        raise UserError(f"schedule.run={run}: its metrics.jsonl lacks steps; train that run with log_every=1")
     base = _base_rate(run)
     made = table([rate / base for rate in _column(run, "lr")], "replay", hold=True)
     if "momentum" not in _rows(run)[0]:

@@ -34,6 +34,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from budgeted import checkpoint
+from budgeted.budgets import Budget
 from budgeted.cells import RESULT_SCHEMA, now
 from budgeted.data import STOP_SIGNALS, Batches, let_workers_end, loader
 from budgeted.distributed import World
@@ -74,6 +75,8 @@ class Session:
         self.upstream_dir = self.directory / "upstream"
         self.horizon = total
         self.total = ENDLESS if total is None else total
+        # GPU-hours are shared by the processes, of which each has one device.
+        self.seconds = Budget(self.cell.budget).seconds(world.size) if recipe.seconds else None
         self.step = 0
         self.elapsed = 0.0
         self.eval_seconds = self.wait_seconds = self.compile_seconds = 0.0
@@ -258,13 +261,13 @@ class Session:
             self.compile_seconds += excess
             self.elapsed -= excess
             self._first_step = 0.0
-        if self.recipe.seconds:
+        if self.seconds:
             self._read_clock()
 
     def _read_clock(self) -> None:
         """Bring the clock's progress up to date: rank 0's, on every rank, without a first step not yet judged."""
         counted = self.elapsed - (self._first_step or 0.0)
-        self._clock = min(1.0, self.world.agree(counted) / (self.recipe.seconds or 1.0))
+        self._clock = min(1.0, self.world.agree(counted) / (self.seconds or 1.0))
 
     def _before_update(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """Runs inside optimizer.step: what stands in the parameter groups here is what the update uses."""
@@ -388,7 +391,7 @@ class Session:
                 f"{self.cell.checkpoint} does not hold what a run saves ({what})"
             ) from error
         self.resumed += 1
-        if self.recipe.seconds:
+        if self.seconds:
             self._read_clock()
         log.info("%s goes on at step %d", self.cell.name, self.step)
 
