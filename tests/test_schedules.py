@@ -206,6 +206,11 @@ def test_replay_keeps_the_scale_of_rates_that_never_reached_their_base(tmp_path)
     assert [schedule(0), schedule(0.5)] == pytest.approx([0.25, 0.5])
 
 
+def test_replay_wants_every_step(tmp_path):
+    with pytest.raises(UserError, match="log_every=1"):
+        make("replay", run=a_run(tmp_path, [{"step": 0, "lr": 0.2}, {"step": 50, "lr": 0.1}, {"step": 99, "lr": 0.01}]))
+
+
 def test_replay_repeats_momentum_and_adds_no_warmup(tmp_path):
     lines = [{"step": 0, "lr": 0.2, "momentum": 0.95}, {"step": 1, "lr": 0.1, "momentum": 0.85}]
     cfg = {

@@ -526,6 +526,20 @@ def test_a_clock_run_can_be_replayed_by_iteration(toy):
     assert again.rates == pytest.approx(rates, rel=1e-9)
 
 
+def test_gpu_hours_are_shared_by_the_processes(toy):
+    one, two = (Session(toy(amount="1gpuh").recipe, None, World(0, size), torch.device("cpu")) for size in (1, 2))
+    assert (one.seconds, two.seconds) == (3600, 1800)
+    assert Session(toy(amount="1h").recipe, None, World(0, 2), torch.device("cpu")).seconds == 3600
+
+
+def test_pieces_of_a_batch_weigh_as_much_as_the_whole(toy):
+    """The mean over four samples is 3/4 of the mean of three and 1/4 of the last; of two ranks each averages its own."""
+    pieces = lambda size, **changed: Session(toy(**changed).recipe, 20, World(0, size), torch.device("cpu")).pieces()  # noqa: E731
+    assert pieces(1) == [1] and pieces(1, micro_batch=3) == [0.75, 0.25] and pieces(1, micro_batch=1) == [0.25] * 4
+    assert pieces(2) == [1] and pieces(2, micro_batch=1) == [0.5, 0.5]
+    assert pieces(3) == [1.5]  # two of four samples, averaged over three ranks: 1.5 / 3
+
+
 # -- refusals -----------------------------------------------------------------------------------------------
 
 
