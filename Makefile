@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP ?= $(VENV)/bin/pip
 RUN = $(VENV)/bin/python run.py
-export OMP_NUM_THREADS ?= $(shell nproc)
+export OMP_NUM_THREADS ?= 1
 
 .PHONY: setup detectron2 run test test-quick lint bench gpu clean
 
@@ -12,10 +12,10 @@ run: setup  ## train the smoke sweep (what is done already is left out) and writ
 	$(RUN) mode=report
 
 test: setup lint  ## all that a 2-core machine without a GPU can run
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup
 
 test-quick: setup lint
-	$(VENV)/bin/python -m pytest -m "not slow"
+	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup -m "not slow"
 
 lint: setup
 	$(VENV)/bin/ruff check .
