@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from budgeted import trackers
 from budgeted.errors import UserError
 from budgeted.files import read_json
 from budgeted.recipe import Recipe
-from tasks import cli
+from tasks import cli, devices, submission
 
 log = logging.getLogger("budgeted")
 
@@ -26,18 +29,32 @@ def run(words: Sequence[str], launcher: Any, batch: int | None) -> int:
         mode = _mode(words)
         if mode != "train":
             return _show(mode, recipes)
+        for recipe in recipes:
+            trackers.require(recipe.cfg["tracker"])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    states = [r.cell.state for r in recipes]
+    states = _states(recipes)
     counts = Counter(states)
     log.info("%d cells: %s", len(jobs), ", ".join(f"{n} {s}" for s, n in sorted(counts.items())))
-    todo = [k for k, state in enumerate(states) if state not in ("done", "running")]
+    todo = [k for k, state in enumerate(states) if state not in ("done", "running", "queued")]
     if not todo:
         log.info("nothing to launch")
         return 0
-    _launch([jobs[k] for k in todo], launcher, batch)
+    _launch([jobs[k] for k in todo], [recipes[k] for k in todo], launcher, batch)
     return _gather([recipes[k] for k in todo])
+
+
+def _states(recipes: Sequence[Recipe]) -> list[str]:
+    """The state of every cell; `queued` where SLURM will run it, or has just begun to."""
+    from benchmarks import queue
+
+    waiting = queue.read(recipes[0].cell.out).jobs
+    states = [r.cell.state for r in recipes]
+    return [
+        "queued" if state not in ("done", "running") and r.cell.name in waiting else state
+        for state, r in zip(states, recipes, strict=True)
+    ]
 
 
 def _refuse_twins(jobs: Sequence[tuple[str, ...]], recipes: Sequence[Recipe]) -> None:
@@ -66,19 +83,53 @@ def _show(mode: str, recipes: list[Recipe]) -> int:
     return 0
 
 
-def _launch(jobs: list[tuple[str, ...]], launcher: Any, batch: int | None) -> None:
-    size = batch or len(jobs)
-    for start in range(0, len(jobs), size):
-        try:
-            launcher.launch([list(job) for job in jobs[start : start + size]], initial_job_idx=start)
-        except Exception as error:  # launchers raise what they like when a worker dies; the disk knows what is done
-            log.error("the launcher gave up: %s: %s", type(error).__name__, " ".join(str(error).split())[:300])
+def _launch(jobs: Sequence[tuple[str, ...]], recipes: Sequence[Recipe], launcher: Any, batch: int | None) -> None:
+    """Hand the cells to the launcher, `batch` at a time, and come back when none of them runs any more."""
+    folder, kind, out = submission.record(jobs, recipes, launcher), _kind(launcher), recipes[0].cell.out
+    if kind == "joblib":
+        devices.share_threads(launcher.joblib["n_jobs"])
+    if kind == "slurm":
+        log.info("logs: %s; watch it: python run.py mode=status watch=5 out=%s", folder, shlex.quote(str(out)))
+    size = batch or (devices.cells_at_once(recipes[0].cfg["device"]) if kind == "local" else len(jobs))
+    todo = list(range(len(jobs)))
+    while todo:
+        whole = all([_launched(todo[k : k + size], jobs, recipes, launcher) for k in range(0, len(todo), size)])
+        left = [k for k in todo if recipes[k].cell.state in ("missing", "partial")]
+        # One killed worker of joblib's takes the others with it; SLURM's jobs may have been cancelled on purpose.
+        if whole or kind != "joblib" or len(left) == len(todo):
+            return
+        todo = left
+
+
+def _kind(launcher: Any) -> str:
+    return "joblib" if hasattr(launcher, "joblib") else getattr(launcher, "_EXECUTOR", "")
+
+
+def _launched(todo: Sequence[int], jobs: Sequence[tuple[str, ...]], recipes: Sequence[Recipe], launcher: Any) -> bool:
+    """Did the launcher see these cells to their end?"""
+    try:
+        launcher.launch([list(jobs[k]) for k in todo], initial_job_idx=todo[0])
+        return True
+    except Exception as error:  # launchers raise what they like when a worker dies; the disk knows what is done
+        log.error("the launcher gave up: %s: %s", type(error).__name__, " ".join(str(error).split())[:300])
+        _wait_for({recipes[k].cell.name for k in todo}, recipes[0].cell.out)
+        return False
+
+
+def _wait_for(cells: set[str], out: Path) -> None:
+    """A launcher that gives up on one cell leaves the others in SLURM's queue."""
+    from benchmarks import queue
+
+    while cells & set(queue.read(out).jobs):
+        time.sleep(5)
 
 
 def _gather(recipes: list[Recipe]) -> int:
     """What became of the cells that were launched, as the disk says: launchers do not always know."""
-    unfinished = [r.cell for r in recipes if r.cell.state not in ("done", "running")]
-    log.info("%d of %d cells done", len(recipes) - len(unfinished), len(recipes))
+    states = _states(recipes)
+    over = ("done", "running", "queued")
+    unfinished = [r.cell for r, state in zip(recipes, states, strict=True) if state not in over]
+    log.info("%d of %d cells done", states.count("done"), len(recipes))
     for cell in unfinished:
         said = (read_json(cell.directory / "state.json") or {}).get("error")
         log.error("%s: %s%s", cell.name, cell.state, f": {said}" if said else "")

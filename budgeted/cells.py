@@ -186,4 +186,10 @@ def now() -> str:
 
 
 def _whoami() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
+    return {"host": socket.gethostname(), "pid": os.getpid(), "job": _job()}
+
+
+def _job() -> str | None:
+    """SLURM's number of this job, `<array>_<index>` in an array: what squeue and scancel go by."""
+    array, index = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{index}" if array and index else os.environ.get("SLURM_JOB_ID")

@@ -20,7 +20,6 @@ import os
 import platform
 import resource
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -33,9 +32,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from budgeted import checkpoint
+from budgeted import checkpoint, trackers
 from budgeted.budgets import Budget
 from budgeted.cells import RESULT_SCHEMA, now
+from budgeted.code import git_state
 from budgeted.data import STOP_SIGNALS, Batches, let_workers_end, loader
 from budgeted.distributed import World
 from budgeted.errors import UserError
@@ -325,6 +325,7 @@ class Session:
     def _write_line(self, line: dict[str, Any]) -> None:
         if self.world.is_main:
             self.journal.write(line)
+            self.tracker.write(line)
 
     def _advance_bar(self) -> None:
         bar = self._bar
@@ -419,6 +420,7 @@ class Session:
     def _open_journal(self, mark: dict[str, Any] | None) -> None:
         if self.world.is_main:
             self.journal = Journal(self.cell.metrics, mark, self.step, self.step - self._owed)
+            self.tracker = trackers.start(self.cfg.get("tracker", "none"), self.cell, self.cfg, self.step)
 
     # -- signals --------------------------------------------------------------------------------------------
 
@@ -427,7 +429,8 @@ class Session:
             if number == signal.SIGINT and self._signal == signal.SIGINT:
                 self._release_signals()
                 raise KeyboardInterrupt
-            self._signal = number
+            if self._signal != signal.SIGUSR2:  # preemption sends it with others; it alone gets the job requeued
+                self._signal = number
 
         try:
             self._handlers = {number: signal.signal(number, note) for number in STOP_SIGNALS}
@@ -443,7 +446,8 @@ class Session:
         """(the signal that any rank has received or 0, is a checkpoint due by the minutes): the same on every rank."""
         minutes = (time.perf_counter() - self._last_save) / 60
         answers = self.world.gather((self._signal, minutes >= self.cfg["checkpoint"]["minutes"]))
-        return max(a for a, _ in answers), answers[0][1]
+        signals = {number for number, _ in answers}
+        return signal.SIGUSR2 if signal.SIGUSR2 in signals else max(signals), answers[0][1]
 
     # -- the end --------------------------------------------------------------------------------------------
 
@@ -479,6 +483,8 @@ class Session:
             self._bar.close()
         if hasattr(self, "journal"):
             self.journal.close()
+        if hasattr(self, "tracker"):
+            self.tracker.close()
 
     def _result(self, digest: str) -> dict[str, Any]:
         task, data, rule = self.cfg["task"], self.recipe.data, self.cfg["task"]["rule"]
@@ -535,21 +541,6 @@ def device_name(device: torch.device) -> str:
         return f"cuda: {torch.cuda.get_device_name(device)}"
     names = [line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")]
     return f"cpu: {names[0] if names else platform.machine()}, {os.cpu_count()} cores"
-
-
-def git_state() -> dict[str, Any]:
-    """The commit this code is at and whether it was changed since; None where it is no checkout."""
-    here = Path(__file__).parent
-
-    def git(*args: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, timeout=10)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    changes = git("status", "--porcelain", "--untracked-files=no")
-    return {"commit": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
 
 
 def _cpuinfo() -> list[str]:

@@ -8,6 +8,9 @@ from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from tasks import devices
 
 
 @dataclass
@@ -18,10 +21,19 @@ class CellsSweeperConf:
 
 
 ConfigStore.instance().store(group="hydra/sweeper", name="cells", node=CellsSweeperConf, provider="budgeted")
+# What the launcher presets ask for.
+OmegaConf.register_new_resolver("cells_at_once", devices.cells_at_once, replace=True)
+OmegaConf.register_new_resolver("at_least_one", lambda n: n or 1, replace=True)
 
 
 class CellsSweeper(BasicSweeper):
     """Checks every cell before the first is launched, leaves out finished ones, and exits 1 if any failed."""
+
+    def setup(self, **context: Any) -> None:
+        from tasks import submission
+
+        submission.begin()
+        super().setup(**context)
 
     def sweep(self, arguments: list[str]) -> Any:
         from benchmarks import sweep

@@ -23,6 +23,7 @@ from budgeted.distributed import World, synchronised
 from budgeted.errors import UserError
 from budgeted.recipe import Config, DataSummary, Recipe
 from budgeted.session import Interrupted, Session
+from tasks import submission
 
 log = logging.getLogger("budgeted")
 
@@ -77,6 +78,8 @@ def _run(recipe: Recipe, world: World, device: torch.device) -> dict[str, Any]:
     cell, cfg = recipe.cell, recipe.cfg
     session = None
     try:
+        if other := submission.check(cfg["code"], cell.out):
+            log.warning("%s", other)
         _write_config(recipe, world)
         adapter = _adapter(cfg)(cfg, recipe.data, device)
         session = Session(recipe, _horizon(recipe, adapter), world, device)
@@ -125,7 +128,8 @@ def _record_failure(cell: Cell, world: World, session: Session | None, error: Ba
         log.debug("%s", "".join(traceback.format_exception(error)))
         if world.is_main:
             step, total = (session.step, session.horizon) if session else (0, None)
-            state = "partial" if lost or isinstance(error, KeyboardInterrupt) else "failed"
+            # SystemExit: a signal before the session listens goes to whoever launched this process: submitit requeues.
+            state = "partial" if lost or isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
             cell.write_state(state, step, total, f"another process was lost: {line}" if lost else line)
     except OSError as full:
         log.error("the failure could not be recorded: %s", full)

@@ -22,13 +22,19 @@ def train(cfg: Any, choices: Choices) -> float | None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from tasks import cli
-
-    recipe = cli.recipe_of(cfg, choices)
-    cli.embedded_data(recipe.cfg)
-    from tasks import base
+    from budgeted import trackers
+    from tasks import cli, devices, submission
 
     alone = HydraConfig.get().mode == RunMode.RUN
+    if alone:
+        submission.leave()
+    recipe = cli.recipe_of(cfg, choices)
+    trackers.require(recipe.cfg["tracker"])
+    cli.embedded_data(recipe.cfg)
+    if choices.get("hydra/launcher") == "joblib" and recipe.cfg["device"] != "cpu":
+        devices.claim_gpu()
+    from tasks import base
+
     try:
         result = base.train(recipe)
     except Exception as error:

@@ -1,0 +1,94 @@
+"""What a sweep was submitted with, in <out>/.sweep/<id>/: code.json, code.diff and cells.json beside the jobs' logs.
+
+A job compares the code it starts from with that of its sweep, however long it has waited.
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+import secrets
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from budgeted import code
+from budgeted.cells import now
+from budgeted.errors import UserError
+from budgeted.files import atomic, read_json, write_json
+from budgeted.recipe import Recipe
+
+# Jobs inherit these: which sweep they belong to, and where its code is.
+SWEEP, HOME = "BUDGETED_SWEEP", "BUDGETED_HOME"
+FOLDER = ".sweep"
+MOST_NAMED = 5
+
+
+def begin() -> None:
+    """Give this process's sweep a name, before Hydra composes the launcher that uses it."""
+    os.environ[SWEEP] = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    os.environ[HOME] = str(code.HOME)
+
+
+def leave() -> None:
+    """A run that no sweep launched belongs to none, wherever it was started."""
+    os.environ.pop(SWEEP, None)
+
+
+def record(jobs: Sequence[Sequence[str]], recipes: Sequence[Recipe], launcher: Any) -> Path:
+    """Write down the code and the recipes of the cells that are about to be launched, in their order."""
+    folder = recipes[0].cell.out / FOLDER / os.environ[SWEEP]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "code.json", {**code.git_state(), "files": code.files()})
+    with atomic(folder / "code.diff") as handle:
+        handle.write(code.git("diff", "HEAD") or "")
+    cells = [
+        {"cell": r.cell.name, "signature": r.cell.signature, "words": list(words), "recipe": {**r.fields, "T": r.total}}
+        for words, r in zip(jobs, recipes, strict=True)
+    ]
+    write_json(
+        folder / "cells.json",
+        {
+            "submitted": now(),
+            "host": socket.gethostname(),
+            "user": getpass.getuser(),
+            "command": sys.argv,
+            "launcher": type(launcher).__name__,
+            "resources": {k: str(v) for k, v in (getattr(launcher, "params", None) or {}).items()},
+            "cells": cells,
+        },
+    )
+    return folder
+
+
+def difference(out: Path) -> str | None:
+    """How the code here differs from that of the sweep this job belongs to, in words; None where it does not."""
+    name = os.environ.get(SWEEP)
+    submitted = read_json(out / FOLDER / name / "code.json") if name else None
+    if not submitted:
+        return None
+    then, here = submitted.get("files") or {}, code.files()
+    changed = sorted(path for path in {*then, *here} if then.get(path) != here.get(path))
+    if not changed:
+        return None
+    rest = f" and {len(changed) - MOST_NAMED} more" if len(changed) > MOST_NAMED else ""
+    return (
+        f"this is not the code that was submitted ({_commit(submitted)}, now {_commit(code.git_state())}): "
+        f"{', '.join(changed[:MOST_NAMED])}{rest} differ"
+    )
+
+
+def check(option: str, out: Path) -> str | None:
+    """What to warn of, as `code=warn|stop|ignore` says. Raises UserError where it says stop."""
+    found = None if option == "ignore" else difference(out)
+    if found and option == "stop":
+        raise UserError(f"{found}; code=warn runs it all the same, and the same sweep command submits this code")
+    return found
+
+
+def _commit(state: Mapping[str, Any]) -> str:
+    commit = state.get("commit")
+    return f"{commit[:10]}{' and changes' if state.get('dirty') else ''}" if commit else "no checkout"
