@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.util
 import logging
@@ -43,6 +44,21 @@ def mmseg() -> ModuleType:
         if stub:
             del sys.modules["mmcv._ext"]
     return sys.modules["mmseg"]
+
+
+def mmseg_config(name: str) -> Path:
+    """The file of mmsegmentation's packaged config `name`, found without importing upstream or torch.
+
+    Raises UserError, with the nearest, where there is none.
+    """
+    spec = importlib.util.find_spec("mmseg")
+    if spec is None:
+        mmseg()  # says what to install
+    found = {path.stem: path for path in Path(spec.origin).parent.glob(".mim/configs/[!_]*/*.py")}  # type: ignore
+    if name not in found:
+        near = difflib.get_close_matches(name, found, n=1, cutoff=0)
+        raise UserError(f"task.model={name}: mmsegmentation has no such config; the nearest is {', '.join(near)}")
+    return found[name]
 
 
 class _NoCompiledOps(ModuleType):
