@@ -19,6 +19,7 @@ def cell(out, departs=False, mark="abc123"):
     return Cell("toy", "linear", "10%", 3, mark, departs, Path(out))
 
 
+RATE = cli.configuration(("task=imagenet_tiny",))["task"]["lr"]
 RESULT = {
     "schema": 1,
     "status": "done",
@@ -69,7 +70,10 @@ def named(words, *more):
         (("data.workers=2",), "imagenet_tiny/linear/10%/s0"),
         (("log_every=7", "checkpoint.every=1ep", "checkpoint.minutes=1"), "imagenet_tiny/linear/10%/s0"),
         (("device=cpu", "compile=true", "channels_last=true", "micro_batch=8"), "imagenet_tiny/linear/10%/s0"),
-        (("task.lr=0.1", "task.batch_size=32", "precision=fp32"), "imagenet_tiny/linear/10%/s0"),  # as it is anyway
+        (
+            (f"task.lr={RATE:e}", "task.batch_size=32", "precision=fp32"),
+            "imagenet_tiny/linear/10%/s0",
+        ),  # as it is anyway
         (("schedule=cosine", "schedule.eta=0"), "imagenet_tiny/cosine/10%/s0"),
         (("hydra.job.chdir=false",), "imagenet_tiny/linear/10%/s0"),
         (("grad_norm=true",), "imagenet_tiny/linear/10%/s0"),
@@ -114,7 +118,7 @@ def test_departures_do_not_share_a_directory(words):
 
 def test_one_recipe_is_one_signature_however_it_is_written(words):
     signatures = {
-        cli.recipe((*words, *more)).cell.signature for more in [(), ("task.lr=1e-1",), ("task.warmup.fraction=0",)]
+        cli.recipe((*words, *more)).cell.signature for more in [(), (f"task.lr={RATE:e}",), ("task.warmup.fraction=0",)]
     }
     assert len(signatures) == 1
 
