@@ -1,18 +1,19 @@
 """What the suite costs: `python -m benchmarks.speed` prints a table of medians. Ratios are of interleaved repeats.
 
-    scheduler    microseconds per step that BudgetedLR costs beyond torch's LambdaLR
-    checkpoint   share of a run's time that checkpoints every 5% take
-    data         seconds per epoch of the position-addressed loader over a plain DataLoader's
-    <adapter>    seconds per iteration through the adapter over the upstream trainer's own
+scheduler    microseconds per step that BudgetedLR costs beyond torch's LambdaLR
+checkpoint   share of a run's time that checkpoints every 5% take
+data         seconds per epoch of the position-addressed loader over a plain DataLoader's
+<adapter>    seconds per iteration through the adapter over the upstream trainer's own
 """
 
 from __future__ import annotations
 
+import importlib
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ from budgeted.session import device_name
 REPEATS = 15
 
 
-def interleaved(ours: Callable[[], Any], theirs: Callable[[], Any], repeats: int = REPEATS) -> tuple[float, float, float]:
+def interleaved(ours: Callable[[], Any], theirs: Callable[[], Any], repeats: int = REPEATS) -> Sequence[float]:
+    ours: Callable[[], Any], theirs: Callable[[], Any], repeats: int = REPEATS
+) -> tuple[float, float, float]:
     """Median seconds of `ours` and of `theirs`, timed in turns, and the median of the pairs' ratios."""
     pairs = []
     for _ in range(repeats):
@@ -147,8 +150,31 @@ def _tiny_tasks() -> list[str]:
 
 
 def adapters() -> dict[str, Callable[[], dict[str, float]]]:
-    """Overhead of each adapter that can measure itself against its upstream."""
-    return {}
+    """Seconds per iteration through each adapter over the upstream trainer's own, on the same work."""
+    plain = {
+        "imagenet_tiny": "plain_loop",
+        "kinetics_tiny": "plain_loop",
+        "coco_tiny": "plain_detectron2",
+        "cityscapes_tiny": "plain_mmseg",
+    }
+    return {f"adapter, {task}": lambda t=task, m=module: adapter(t, m) for task, module in plain.items()}  # type: ignore[misc]
+
+
+def adapter(task: str, module: str, warm: int = 5, repeats: int = 60) -> dict[str, float]:
+    """Median seconds of one iteration, loading included: ours, upstream's, and the median ratio."""
+    from tasks import cli
+
+    with tempfile.TemporaryDirectory() as out:
+        words = (f"task={task}", "budget.amount=100000it", "task.eval_every=100%", "data.workers=0", f"out={out}")
+        recipe = cli.recipe(words)
+        cli.embedded_data(recipe.cfg)
+        recipe.cell.directory.mkdir(parents=True)
+        ours, theirs = importlib.import_module(f"benchmarks.{module}").steps(recipe)
+        for _ in range(warm):
+            ours()
+            theirs()
+        a, b, ratio = interleaved(ours, theirs, repeats)
+    return {"ours_ms": 1e3 * a, "upstream_ms": 1e3 * b, "ratio": ratio}
 
 
 if __name__ == "__main__":

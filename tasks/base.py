@@ -389,20 +389,24 @@ class Native:
         self._training_mode()
         batches = session.loader(self.dataset)
         while not session.finished:
-            session.before_step()
-            pieces = session.pieces()
-            self.optimizer.zero_grad(set_to_none=True)
-            loss = torch.zeros((), device=self.device)
-            for k, share in enumerate(pieces):
-                x, y = self._to_device(next(batches))
-                last = k == len(pieces) - 1
-                with nullcontext() if last or session.world_size == 1 else self.forward_model.no_sync():
-                    with self._autocast():
-                        part = nn.functional.cross_entropy(self.forward_model(x), y) * share
-                    part.backward()
-                loss += part.detach()
-            self.optimizer.step()
-            session.after_step(loss)
+            self.step(session, batches)
+
+    def step(self, session: Session, batches: Iterator[Any]) -> None:
+        """One update from the next of `batches`."""
+        session.before_step()
+        pieces = session.pieces()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = torch.zeros((), device=self.device)
+        for k, share in enumerate(pieces):
+            x, y = self._to_device(next(batches))
+            last = k == len(pieces) - 1
+            with nullcontext() if last or session.world_size == 1 else self.forward_model.no_sync():
+                with self._autocast():
+                    part = nn.functional.cross_entropy(self.forward_model(x), y) * share
+                part.backward()
+            loss += part.detach()
+        self.optimizer.step()
+        session.after_step(loss)
 
     def evaluate(self) -> dict[str, float]:
         """Top-1 and, with more than five classes, top-5 over the validation set, each sample counted once."""
