@@ -28,8 +28,6 @@ REPEATS = 15
 
 
 def interleaved(ours: Callable[[], Any], theirs: Callable[[], Any], repeats: int = REPEATS) -> Sequence[float]:
-    ours: Callable[[], Any], theirs: Callable[[], Any], repeats: int = REPEATS
-) -> tuple[float, float, float]:
     """Median seconds of `ours` and of `theirs`, timed in turns, and the median of the pairs' ratios."""
     pairs = []
     for _ in range(repeats):
