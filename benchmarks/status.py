@@ -7,18 +7,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.results import Entry, clean, last_step, scan
+from benchmarks import queue
+from benchmarks.results import BadFile, Cell, Entry, cell_of, clean, last_step, scan
 
 if TYPE_CHECKING:
     from rich.console import Group
 
 Row = dict[str, Any]
-STATES = ("failed", "died", "unreadable", "running", "partial", "done")
+STATES = ("failed", "died", "unreadable", "running", "queued", "missing", "partial", "done")
 COLOURS = {
     "failed": "bold red",
     "died": "red",
     "unreadable": "red",
     "running": "cyan",
+    "queued": "blue",
+    "missing": "dim",
     "partial": "yellow",
     "done": "green",
 }
@@ -30,9 +33,50 @@ def rows(out: Path) -> list[Row]:
     """A row per run directory under `out`: task, schedule, budget, seed, suffix, state, step, total, rate, eta, ...
 
     rate: samples per second; eta: seconds; value: the reported metric as a fraction; unknown ones are None.
-    `died` is a run whose state says running though its process on this host is gone.
+    `died` is a run whose state says running though its process on this host, or its job in SLURM, is gone. `queued`
+    ones have a job in SLURM that waits or has only begun; there may be nothing of them on disk yet.
     """
-    return [_row(entry) for entry in scan(Path(out))]
+    out = Path(out)
+    known = queue.read(out)  # before the disk: what ends in between is seen as done
+    found = [_row(entry) for entry in scan(out)]
+    for row in found:
+        _look_up(row, known, out)
+    there = {str(row["path"]) for row in found}
+    return found + [
+        _row(Entry(out / name, cell, "queued", progress={"job": job.id}, note=_why(job)))
+        for name, job in known.jobs.items()
+        for cell in _cells_of(out / name)
+        if str(out / name) not in there
+    ]
+
+
+def rows_of(directories: Sequence[Path], out: Path) -> list[Row]:
+    """The rows of these cells, in their order; `missing` where there is nothing yet."""
+    found = {str(row["path"]): row for row in rows(out)}
+    return [
+        found.get(str(path)) or _row(Entry(path, cell, "missing")) for path in directories for cell in _cells_of(path)
+    ]
+
+
+def _look_up(row: Row, known: queue.Queue, out: Path) -> None:
+    """Correct a state by what SLURM says of the cell's job."""
+    job = known.jobs.get(str(row["path"].relative_to(out)))
+    if job and row["state"] != "done" and (row["state"] != "running" or job.waits):
+        row |= {"state": "queued", "job": job.id, "note": _why(job)}
+    elif row["state"] == "running" and row["job"] in known.submitted and not (job and job.id == row["job"]):
+        row |= {"state": "died", "note": f"job {row['job']} is gone"}
+
+
+def _why(job: queue.Job) -> str:
+    return f"job {job.id} {job.reason if job.waits else 'begins'}"
+
+
+def _cells_of(path: Path) -> list[Cell]:
+    """The cell that a directory names, if it names one."""
+    try:
+        return [cell_of(path)]
+    except BadFile:
+        return []
 
 
 def _row(entry: Entry) -> Row:
@@ -53,6 +97,9 @@ def _row(entry: Entry) -> Row:
         }
     elif entry.state in ("running", "died") and (step := last_step(entry.path / "metrics.jsonl")) is not None:
         row["step"] = max(row["step"] or 0, step + 1)
+        saved, total = progress.get("step"), row["total"]
+        if row["eta"] and saved is not None and total and total > saved:  # as of the last checkpoint
+            row["eta"] *= max(0, total - row["step"]) / (total - saved)
     if row["step"] is not None and row["total"]:
         row["progress"] = min(1.0, row["step"] / row["total"])
     return row

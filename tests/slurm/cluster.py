@@ -105,7 +105,8 @@ class Cluster:
             self._wait("its nodes", self._idle)
         except (OSError, subprocess.SubprocessError) as error:
             self.stop()
-            raise Unavailable(f"the test SLURM did not start: {error}; see {self.log}") from error
+            said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip()
+            raise Unavailable(f"the test SLURM did not start: {error} {said}; see {self.log}") from error
         except Unavailable:
             self.stop()
             raise
