@@ -80,16 +80,29 @@ def loader(
     pin_memory: bool = False,
 ) -> DataLoader:
     """A DataLoader over `batches` of `dataset`. The same samples come for any number of `workers`."""
-    return DataLoader(
+    return Loader(
         Positioned(dataset, seed),
-        batch_sampler=batches,  # type: ignore[arg-type]
+        batch_sampler=batches,
         num_workers=workers,
         collate_fn=collate_fn,
         pin_memory=pin_memory,
-        worker_init_fn=ignore_stop_signals,
-        # Making an iterator draws a base seed, from torch's own generator unless it is given another.
-        generator=torch.Generator(),
     )
+
+
+class Loader(DataLoader):
+    """torch's DataLoader with workers that leave signals to the trainer, and no draw from torch's own generator."""
+
+    def __init__(self, dataset: Any, **options: Any) -> None:
+        # Making an iterator draws a base seed, from torch's own generator unless it is given another.
+        super().__init__(dataset, worker_init_fn=ignore_stop_signals, generator=torch.Generator(), **options)
+
+    def __iter__(self) -> Any:
+        # Workers start with these signals held, as torch's own handler would end one that is not set up yet.
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 
 # Set while a session closes. Until then data workers leave SIGTERM to the trainer, which saves and ends them; after
@@ -102,6 +115,7 @@ def ignore_stop_signals(worker: int = 0) -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0) if _closing.is_set() else None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 def let_workers_end(yes: bool) -> None:

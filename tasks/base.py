@@ -15,10 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
 from budgeted.cells import Cell, Held
-from budgeted.data import ignore_stop_signals
+from budgeted.data import Loader
 from budgeted.distributed import World, synchronised
 from budgeted.errors import UserError
 from budgeted.recipe import Config, DataSummary, Recipe
@@ -413,12 +412,10 @@ class Native:
         self.model.eval()
         session, dataset = self.session, self.val_dataset()
         own = range(session.rank, len(dataset), session.world_size)
-        batches = DataLoader(
+        batches = Loader(
             torch.utils.data.Subset(dataset, own),  # type: ignore[arg-type]
             batch_size=max(1, self.cfg["task"].get("val_batch_size") or self.cfg["task"]["batch_size"]),
             num_workers=self.cfg["data"]["workers"],
-            worker_init_fn=ignore_stop_signals,
-            generator=torch.Generator(),
         )
         right = torch.zeros(3, dtype=torch.float64, device=self.device)
         with torch.inference_mode():

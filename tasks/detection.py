@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
+from budgeted.data import Loader
 from budgeted.errors import UserError
 from budgeted.randomness import preserved, seed_all
 from budgeted.recipe import DataSummary
@@ -37,11 +38,11 @@ from detectron2.data import (  # noqa: E402  # noqa: E402
     DatasetFromList,
     DatasetMapper,
     MetadataCatalog,
-    build_detection_test_loader,
     get_detection_dataset_dicts,
 )
 from detectron2.data.build import trivial_batch_collator  # noqa: E402
 from detectron2.data.datasets import register_coco_instances  # noqa: E402
+from detectron2.data.samplers import InferenceSampler  # noqa: E402
 from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, create_ddp_model, defaults  # noqa: E402
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset  # noqa: E402
 from detectron2.layers import ShapeSpec  # noqa: E402
@@ -92,7 +93,8 @@ class Detection:
                 torch.distributed.broadcast(buffer, 0)
         mapper = DatasetMapper(self.config, is_train=False)
         images = Images(get_detection_dataset_dicts([self.names["val"]], filter_empty=False), mapper)
-        loader = build_detection_test_loader(images, mapper=None, num_workers=self.cfg["data"]["workers"])
+        sampler, workers = InferenceSampler(len(images)), self.cfg["data"]["workers"]
+        loader = Loader(images, sampler=sampler, num_workers=workers, collate_fn=trivial_batch_collator)
         kinds = {"bbox": "box", "segm": "mask"} if self.config.MODEL.MASK_ON else {"bbox": "box"}
         judge = COCOEvaluator(self.names["val"], tuple(kinds), output_dir=self.config.OUTPUT_DIR, use_fast_impl=False)
         with redirect_stdout(io.StringIO()):  # pycocotools prints

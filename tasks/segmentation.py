@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from budgeted.data import ignore_stop_signals
+from budgeted.data import Loader
 from budgeted.errors import UserError
 from budgeted.recipe import Config
 from budgeted.session import Session
@@ -164,13 +164,11 @@ class Segmentation:
     def _val_loader(self) -> DataLoader:
         """This rank's share of the validation set, an image at a time as upstream has it: sizes may differ."""
         dataset = streets(self.data, "val", self.upstream)
-        return DataLoader(
+        return Loader(
             dataset,
             sampler=range(self.session.rank, len(dataset), self.session.world_size),
             num_workers=self.cfg["data"]["workers"],
             collate_fn=pseudo_collate,
-            worker_init_fn=ignore_stop_signals,
-            generator=torch.Generator(),
         )
 
 
