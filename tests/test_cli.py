@@ -21,7 +21,6 @@ from budgeted.errors import UserError
 from budgeted.recipe import flatten
 from tasks import cli
 
-pytestmark = pytest.mark.xdist_group("cli")  # the answers of run.py are asked for once
 GROUPS = {group: cli.options(group) for group in ("task", "schedule", "budget", "optimizer", "sweep")}
 LONGEST = max(map(len, GROUPS.values()))
 
