@@ -66,7 +66,7 @@ def resolve(cfg: Config, named: Config, data: DataSummary, gpus: int = 1) -> Rec
     """
     task, budget = cfg["task"], Budget(cfg["budget"]["amount"])
     batch = task["batch_size"]
-    if data.n_train < batch and task["last_batch"] != "keep":
+    if data.n_train < batch:
         raise UserError(f"task.batch_size={batch}: larger than the data set ({data.n_train} training samples)")
     if task["metric"] == "top5" and len(data.classes) <= 5:
         raise UserError(f"task.metric=top5: {data.name} has {len(data.classes)} classes; task.metric=top1")
