@@ -23,8 +23,8 @@ def measure(recipe: Recipe) -> dict[str, Any]:
         cell = replace(recipe.cell, out=Path(scratch))
         result = train(replace(recipe, cell=cell, total=ITERATIONS, seconds=None))
     assert result is not None
-    keep = ("task", "precision", "samples_per_second", "device", "peak_memory_bytes", "data_wait_seconds", "train_seconds")
-    found = {k: result[k] for k in keep} | {"model": recipe.cfg["task"]["model"]}
+    keep = ("task", "model", "precision", "device", "samples_per_second", "peak_memory_bytes")
+    found = {k: result[k] for k in (*keep, "data_wait_seconds", "train_seconds")}
     target = recipe.cell.out / "probe"
     target.mkdir(parents=True, exist_ok=True)
     name = f"{recipe.cell.task}-{recipe.cfg['task']['model']}-{recipe.cfg['precision']}".replace("/", "_")
@@ -32,7 +32,7 @@ def measure(recipe: Recipe) -> dict[str, Any]:
     rate, waiting = found["samples_per_second"], found["data_wait_seconds"] / found["train_seconds"]
     full = recipe.epoch.seen(recipe.full) / rate / 3600
     log.info(
-        "%s on %s: %.1f samples/s, %.0f%% of the time waiting for data, peak memory %.2f GB; the full run takes %.2f hours",
+        "%s on %s: %.1f samples/s, %.0f%% of the time waiting for data, peak memory %.2f GB; full run %.2f hours",
         recipe.cell.task,
         found["device"],
         rate,
