@@ -468,6 +468,6 @@ def test_the_full_budget_beats_a_tenth(seg, cell):
 @pytest.mark.skipif(not STREETS.exists(), reason="no photographs here")
 def test_photographs_learn(seg, cell):
     sizes = ("task.crop=[180,240]", "task.scale=[240,180]", "task.lr=0.05")
-    result = base.train(cell(f"data.root={STREETS}", "task.full=60it", "budget=100%", "task.eval_every=50%", *sizes))
+    result = base.train(cell(f"data.root={STREETS}", "task.full=16it", "budget=100%", "task.eval_every=100%", *sizes))
     assert result["data"] == {**result["data"], "n_train": 80, "n_val": 30}
-    assert result["metrics"]["miou"]["final"] > 0.12
+    assert result["metrics"]["miou"]["final"] > 0.09
