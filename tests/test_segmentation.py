@@ -442,7 +442,7 @@ def test_two_processes_share_batches_and_validation_images(seg, cell, tmp_path):
     image.unlink()
     words = ["task=cityscapes_tiny", f"out={tmp_path / 'ddp'}", f"data.root={root}", "budget.amount=4it", "device=cpu"]
     (tmp_path / "worker.py").write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29517", tmp_path / "worker.py"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", tmp_path / "worker.py"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "BUDGETED_BAR": "0", "PYTHONPATH": str(REPO)}
     done = subprocess.run([*command, *words], env=environment, cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
