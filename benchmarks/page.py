@@ -14,7 +14,6 @@ from benchmarks.published import RECIPES
 from benchmarks.results import Entry, clean
 from benchmarks.tables import (
     AXES,
-    Altered,
     Grid,
     Square,
     Verdict,
@@ -109,11 +108,11 @@ def seconds_text(seconds: float | None) -> str:
 def sources(grid: Grid) -> list[str]:
     """Where the published numbers of a grid come from, and what to know about them."""
     found = sorted({q.published.source for q in grid.squares.values() if q.published})
-    recipe = RECIPES.get(grid.task)
+    recipe = None if grid.departures else RECIPES.get(grid.task)
     lines = [f"{recipe.tag}: {source}." for source in found] if recipe else []
     if recipe and recipe.note and grid.family == "fraction":
         lines.append(recipe.note)
-    return [*lines, grid.note] if grid.note else lines
+    return lines
 
 
 # ---- tables
@@ -181,7 +180,9 @@ def overview(verdicts: Sequence[Verdict]) -> Html:
     budgets = _columns(verdicts)
     rows = []
     for v in verdicts:
-        cells = [tag("th", tag("a", v.grid.title, href=f"#{anchor(v.grid)}"), tag("small", v.grid.metric), scope="row")]
+        link = tag("a", v.grid.title, href=f"#{anchor(v.grid)}")
+        altered = [tag("small", v.grid.altered(), cls="altered")] if v.grid.departures else []
+        cells = [tag("th", link, tag("small", v.grid.metric), *altered, scope="row")]
         for budget in budgets:
             d = v.differences.get(budget)
             cells.append(tag("td", signed(d.mean, 1), cls=_tint(d)) if d else tag("td", "—", cls="gap"))
@@ -208,12 +209,9 @@ def _columns(verdicts: Sequence[Verdict]) -> list[str]:
 
 def anchor(grid: Grid) -> str:
     """The id of a task's section."""
-    return (
-        "t"
-        + hashlib.sha256(f"{grid.task}/{grid.optimizer}/{grid.metric}/{grid.rule}/{grid.family}".encode()).hexdigest()[
-            :8
-        ]
-    )
+    key = f"{grid.task}/{grid.optimizer}/{grid.metric}/{grid.rule}/{grid.family}"
+    key += "".join(f"/{d}" for d in grid.departures)
+    return "t" + hashlib.sha256(key.encode()).hexdigest()[:8]
 
 
 def cost_table(grid: Grid) -> Html:
@@ -261,7 +259,8 @@ def task_section(grid: Grid, pictures: Sequence[Picture]) -> Html:
     )
     meta = " · ".join(filter(None, [grid.metric, rule, *models[:3], grid.optimizer, AXES[grid.family], facts]))
     title = grid.title if grid.family == "fraction" else f"{grid.title}, {AXES[grid.family].removeprefix('budget, ')}"
-    parts = [tag("h2", title), tag("p", meta, cls="meta"), tag("p", " ".join(filter(None, says)), cls="says")]
+    parts = [tag("h2", title), *departures(grid), tag("p", meta, cls="meta")]
+    parts.append(tag("p", " ".join(filter(None, says)), cls="says"))
     n = len(grid.seeds)
     unit = "Percent, mean ± sample standard deviation over seeds" if n > 1 else "Percent"
     unit += f"; n={n} where no count is shown. Bold: best of its budget."
@@ -280,6 +279,14 @@ def task_section(grid: Grid, pictures: Sequence[Picture]) -> Html:
     return tag("section", *parts, id=anchor(grid))
 
 
+def departures(grid: Grid) -> list[Html]:
+    """What departs from the named recipe, once for the whole section; the named value in brackets."""
+    if not grid.departures:
+        return []
+    listed = [part for d in grid.departures for part in (", ", tag("code", d))][1:]
+    return [tag("p", f"Departs from {grid.task} in ", *listed, ".", cls="departures")]
+
+
 def _figure(picture: Picture) -> Html:
     data = base64.b64encode(picture.data).decode()
     image = Html(f'<img src="data:image/png;base64,{data}" alt="{html.escape(picture.says)}">')
@@ -293,37 +300,6 @@ def fold(title: str, *inside: Html) -> Html:
 
 def _more(total: int) -> Html:
     return tag("p", f"{total - LISTED:,} more are not listed here.", cls="note") if total > LISTED else Html("")
-
-
-def altered_section(groups: Sequence[Altered]) -> Html:
-    """Runs whose recipe departs from the named one: never beside published numbers, never in the grids."""
-    rows = []
-    for g in groups[:LISTED]:
-        c = g.entry.cell
-        signatures = ", ".join(g.signatures[:3]) + (
-            f" and {len(g.signatures) - 3} more" if len(g.signatures) > 3 else ""
-        )
-        metric = g.entry.result["reported.metric"] if g.entry.result else ""
-        values = [
-            c.schedule,
-            c.budget,
-            metric,
-            value_text(g.square),
-            g.square.summary.n,
-            g.change or "not recorded",
-            signatures,
-        ]
-        rows.append(tag("tr", tag("th", c.task, scope="row"), *[tag("td", v) for v in values]))
-    heads = ["task", "schedule", "budget", "metric", "value, %", "n", "departs in (named recipe)", "signature"]
-    intro = "These recipes depart from the named ones. They are kept out of every table, comparison and picture above."
-    table = _scroll(tag("table", _head(heads), tag("tbody", *rows), cls="list"))
-    return tag(
-        "section",
-        tag("h2", f"Altered recipes ({len(groups):,})"),
-        tag("p", intro, cls="meta"),
-        table,
-        _more(len(groups)),
-    )
 
 
 def entry_section(title: str, intro: str, entries: Sequence[Entry], out: Path) -> Html:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import page, plots, tables
 from benchmarks.results import Curve, Entry, clean, read_curve, scan
-from benchmarks.tables import Altered, Grid, Square, Verdict
+from benchmarks.tables import Grid, Square, Verdict
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -30,12 +30,12 @@ CURVES = 15  # schedules in the pictures of learning rate and loss
 
 @dataclass(slots=True)
 class Survey:
-    """Everything a report says, read once. out: where the runs live."""
+    """Everything a report says, read once. out: where the runs live. left: finished runs that no grid can hold."""
 
     out: Path
     entries: list[Entry]
     grids: list[Grid]
-    altered: list[Altered]
+    left: list[Entry]
 
     @property
     def counts(self) -> dict[str, int]:
@@ -48,7 +48,9 @@ class Survey:
     @property
     def headline(self) -> str:
         """The answer in one sentence."""
-        return tables.headline(self.grids) if self.entries else f"No runs under {clean(self.out, 120)} yet"
+        if not self.entries:
+            return f"No runs under {clean(self.out, 120)} yet"
+        return tables.headline(self.grids, sum(e.state == "done" for e in self.entries))
 
 
 def missing(grid: Grid, square: Square) -> int:
@@ -59,7 +61,7 @@ def missing(grid: Grid, square: Square) -> int:
 def survey(out: Path) -> Survey:
     """Reads every run under `out`."""
     entries = scan(Path(out))
-    return Survey(Path(out), entries, tables.grids(entries), tables.altered(entries))
+    return Survey(Path(out), entries, *tables.grids(entries))
 
 
 def build(out: Path, found: Survey | None = None) -> Path:
@@ -152,8 +154,9 @@ def to_html(found: Survey, pictures: dict[int, list[page.Picture]], skipped: int
     if verdicts:
         body.append(page.overview(verdicts))
     body += [page.task_section(grid, pictures.get(i, [])) for i, grid in enumerate(found.grids)]
-    if found.altered:
-        body.append(page.altered_section(found.altered))
+    if found.left:
+        intro = "What these runs departed in cannot be told: they stand in table.csv and in no table here."
+        body.append(page.entry_section("Altered in an unknown way", intro, found.left, found.out))
     stopped = [e for e in found.entries if e.state not in ("done", "unreadable")]
     broken = [e for e in found.entries if e.state == "unreadable"]
     order = {"failed": 0, "died": 1, "running": 2, "partial": 3}
@@ -195,9 +198,9 @@ def _colophon(found: Survey, skipped: int, undrawn: int) -> page.Html:
 # ---- Markdown and CSV
 
 
-def _md(text: object) -> str:
+def _md(text: object, limit: int = 120) -> str:
     """Text for a Markdown cell: no markup, no HTML, no pipe."""
-    return re.sub(r"([\\`*\[\]|])", r"\\\1", html.escape(clean(text, 120), quote=False))
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", html.escape(clean(text, limit), quote=False))
 
 
 def markdown(found: Survey) -> str:
@@ -206,6 +209,8 @@ def markdown(found: Survey) -> str:
     lines += [", ".join(f"{n:,} {state}" for state, n in found.counts.items() if n), ""]
     for grid in found.grids:
         lines += [f"### {_md(grid.title)}: {_md(grid.metric or 'nothing finished')}, {AXIS[grid.family]}", ""]
+        if grid.departures:
+            lines += [f"Departs from {_md(grid.task)} in " + _md(", ".join(map(str, grid.departures)), 1000) + ".", ""]
         lines.append("| schedule | " + " | ".join(_md(b) for b in grid.budgets) + " |")
         lines.append("|---|" + "---:|" * len(grid.budgets))
         best = {b: grid.best(b) for b in grid.budgets}
@@ -249,12 +254,10 @@ def to_csv(found: Survey) -> str:
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, COLUMNS, restval="", lineterminator="\n")
     writer.writeheader()
-    for grid in found.grids:
+    for grid in (*found.grids, *map(tables.alone, found.left)):
         for one in (grid, *tables.secondary(grid)):
             for schedule, budget in product(one.schedules, one.budgets):
                 writer.writerow(_plain(_csv_row(one, schedule, budget, one is grid)))
-    for group in found.altered:
-        writer.writerow(_plain(_altered_row(group)))
     return buffer.getvalue()
 
 
@@ -274,7 +277,8 @@ def _csv_row(grid: Grid, schedule: str, budget: str, reported: bool) -> dict[str
     s, p = square.summary, square.published
     results = [run.result for run in square.runs if run.result]
     row: dict[str, Any] = {
-        "task": grid.task, "schedule": schedule, "budget": budget, "optimizer": grid.optimizer,
+        "task": grid.task, "altered": ", ".join(map(str, grid.departures)),
+        "schedule": schedule, "budget": budget, "optimizer": grid.optimizer,
         "axis": grid.family, "position": grid.position[budget], "metric": grid.metric,
         "reported": int(reported), "rule": grid.rule, "n": s.n, "seeds_expected": len(grid.seeds), "mean": s.mean,
         "std": s.std, "ci_low": s.low, "ci_high": s.high, "missing": missing(grid, square),
@@ -310,20 +314,6 @@ def _csv_cost(results: list[dict[str, Any]]) -> dict[str, Any]:
     return row
 
 
-def _altered_row(group: Altered) -> dict[str, Any]:
-    result = group.entry.result
-    assert result is not None
-    s, cell = group.square.summary, group.entry.cell
-    metric = result["reported.metric"]
-    return {
-        "task": cell.task, "altered": " ".join(group.signatures) + (f": {group.change}" if group.change else ""),
-        "optimizer": result["optimizer"], "schedule": cell.schedule, "budget": cell.budget, "axis": result["family"],
-        "position": result["budget.fraction"], "metric": metric, "reported": 1, "rule": result["reported.rule"],
-        "n": s.n, "mean": s.mean, "std": s.std, "ci_low": s.low, "ci_high": s.high,
-        **_csv_metric([result], metric), **_csv_cost([result]),
-    }  # fmt: skip
-
-
 # ---- terminal
 
 
@@ -346,7 +336,8 @@ def render_terminal(out: Path, found: Survey | None = None) -> Group:
         for schedule in grid.schedules:
             cells = [_terminal_cell(grid, schedule, b, schedule in best[b]) for b in grid.budgets]
             table.add_row(Text(schedule), *cells)
-        parts += [Text(""), Text(title, style="italic"), table]
+        departs = [Text(clean(", ".join(map(str, grid.departures)), 1000), style="dim")] if grid.departures else []
+        parts += [Text(""), Text(title, style="italic"), *departs, table]
     return Group(*parts)
 
 

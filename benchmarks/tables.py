@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.published import RECIPES, Published, beside, withheld
+from benchmarks.published import RECIPES, Published, beside
 from benchmarks.results import BadFile, Entry, amount, clean
 from benchmarks.statistics import Summary, mean_ranks, paired, summarize
 
@@ -24,12 +23,24 @@ ORDER = (
     "knee", "wsd", "sgdr", "uba", "refined",
 )  # fmt: skip
 CONF = Path(__file__).parent.parent / "conf"
+CONFIGS = 2000  # different configurations that are read at most
 AXES = {
     "fraction": "budget, share of the full run",
     "clock": "budget, training minutes",
     "gpuh": "budget, GPU-hours",
     "flop": "budget, training FLOPs",
 }
+
+
+class Departure(NamedTuple):
+    """A value other than the named recipe's; named is "" where the recipe has no such key."""
+
+    key: str
+    value: str
+    named: str
+
+    def __str__(self) -> str:
+        return f"{self.key} {self.value}" + (f" ({self.named})" if self.named else "")
 
 
 @dataclass(slots=True)
@@ -45,7 +56,10 @@ class Square:
 
 @dataclass(slots=True)
 class Grid:
-    """One metric of one recipe: squares[schedule, budget]. metric is "" while no run is finished."""
+    """One metric of one recipe: squares[schedule, budget]. metric is "" while no run is finished.
+
+    A schedule is called by its name and by what departs in its constants: "exp gamma=0.99".
+    """
 
     task: str
     optimizer: str
@@ -57,13 +71,24 @@ class Grid:
     position: dict[str, float]  # budget -> place on the axis, NaN if no run says
     seeds: list[int]  # the union over all squares
     squares: dict[tuple[str, str], Square]
-    note: str = ""
-    optimizers: int = 1  # how many optimizers this task has
+    departures: tuple[Departure, ...] = ()  # from the named recipe, the same for all runs
+    optimizers: int = 1  # how many optimizers this recipe has
 
     @property
     def title(self) -> str:
         """Name for a heading."""
-        return self.task + (f" · {self.optimizer}" if self.optimizers > 1 else "")
+        altered = ", altered" if self.departures else ""
+        return self.task + altered + (f" · {self.optimizer}" if self.optimizers > 1 else "")
+
+    @property
+    def full_title(self) -> str:
+        """Name where nothing around it says what is altered."""
+        return self.title.replace(", altered", f" (altered: {self.altered()})", 1) if self.departures else self.title
+
+    def altered(self, most: int = 3) -> str:
+        """The first departures in a few words, "" for a named recipe."""
+        shown = ", ".join(f"{d.key} {d.value}" for d in self.departures[:most])
+        return shown + (f" and {more} more" if (more := len(self.departures) - most) > 0 else "")
 
     def means(self) -> np.ndarray:
         """Mean over seeds, shape (schedules, budgets), NaN where missing."""
@@ -79,16 +104,17 @@ class Grid:
 # ---- grids
 
 
-def grids(entries: Iterable[Entry]) -> list[Grid]:
-    """The grids of the reported metrics of all unaltered runs; tasks with real data first, then by name."""
-    by_task: dict[str, list[Entry]] = defaultdict(list)
-    for entry in entries:
-        if not entry.cell.suffix and entry.cell.seed >= 0:
-            by_task[entry.cell.task].append(entry)
+def grids(entries: Iterable[Entry]) -> tuple[list[Grid], list[Entry]]:
+    """The grids of the reported metrics, and the finished runs that no grid can hold, with the reason in `note`.
+
+    Runs are pooled by what departs from the named recipe, apart from schedule, budget and seed. Named recipes come
+    first; among them and among the altered ones tasks with real data, then by name.
+    """
+    groups, left = by_recipe(entries)
     made = []
-    for task in sorted(by_task, key=_place):
-        made += _task_grids(task, by_task[task])
-    return made
+    for task, departures in sorted(groups, key=lambda key: (bool(key[1]), _place(key[0]), key[1])):
+        made += _recipe_grids(task, departures, groups[task, departures])
+    return made, left
 
 
 def _place(task: str) -> tuple[bool, int, str]:
@@ -102,8 +128,8 @@ def _recipe(entry: Entry) -> tuple[str, str, str]:
     return (result["optimizer"], result["reported.metric"], result["reported.rule"]) if result else ("", "", "")
 
 
-def _task_grids(task: str, entries: list[Entry]) -> list[Grid]:
-    """One grid per recipe and axis; unfinished runs, whose recipe is not known, go with the most common one."""
+def _recipe_grids(task: str, departures: tuple[Departure, ...], entries: list[Entry]) -> list[Grid]:
+    """One grid per metric, rule and axis; unfinished runs, where these are not known, go with the most common ones."""
     recipes = Counter(_recipe(e) for e in entries if e.result)
     common = recipes.most_common(1)[0][0] if recipes else ("", "", "")
     parts: dict[tuple[Any, ...], list[Entry]] = defaultdict(list)
@@ -114,13 +140,19 @@ def _task_grids(task: str, entries: list[Entry]) -> list[Grid]:
             continue
         parts[(_recipe(entry) if entry.result else common), family].append(entry)
     order = sorted(parts, key=lambda k: (-recipes[k[0]], list(AXES).index(k[1]), k[0]))
-    made = [_grid(task, recipe, family, parts[recipe, family]) for recipe, family in order]
+    made = [_grid(task, recipe, family, parts[recipe, family], departures) for recipe, family in order]
     for grid in made:
         grid.optimizers = len({optimizer for optimizer, _, _ in recipes})
     return made
 
 
-def _grid(task: str, recipe: tuple[str, str, str], family: str, entries: list[Entry]) -> Grid:
+def _grid(
+    task: str,
+    recipe: tuple[str, str, str],
+    family: str,
+    entries: list[Entry],
+    departures: tuple[Departure, ...],
+) -> Grid:
     optimizer, metric, rule = recipe
     squares: dict[tuple[str, str], Square] = defaultdict(Square)
     for entry in entries:
@@ -135,16 +167,14 @@ def _grid(task: str, recipe: tuple[str, str, str], family: str, entries: list[En
     position = _positions({b for _, b in squares}, entries, family)
     budgets = sorted(position, key=lambda b: (math.isnan(position[b]), position[b], b))
     schedules = sorted({s for s, _ in squares}, key=_known)
-    sizes = [n for e in entries if e.result and (n := e.result["data.n_train"]) is not None]
-    note = withheld(task, min(sizes, default=None)) or ""
     for schedule in schedules:
         for budget in budgets:
             square = squares[schedule, budget]
             square.summary = summarize(list(square.values.values()))
-            if family == "fraction" and not note:
+            if family == "fraction" and not departures:
                 square.published = beside(task, optimizer, schedule, budget, metric)
     seeds = sorted({e.cell.seed for e in entries if e.state != "unreadable"})
-    grid = Grid(task, optimizer, metric, rule, family, schedules, budgets, position, seeds, dict(squares), note)
+    grid = Grid(task, optimizer, metric, rule, family, schedules, budgets, position, seeds, dict(squares), departures)
     grid.schedules = _by_rank(grid)
     return grid
 
@@ -171,7 +201,7 @@ def secondary(grid: Grid) -> list[Grid]:
     """The same grid for each other metric of its runs, by the same rule."""
     runs = [run for square in grid.squares.values() for run in square.runs]
     names = sorted({name for run in runs if run.result for name in run.result["metrics"]} - {grid.metric})
-    made = [_grid(grid.task, (grid.optimizer, name, grid.rule), grid.family, runs) for name in names]
+    made = [_grid(grid.task, (grid.optimizer, name, grid.rule), grid.family, runs, grid.departures) for name in names]
     for other in made:
         other.optimizers = grid.optimizers
     return [g for g in made if any(s.values for s in g.squares.values())]
@@ -224,8 +254,11 @@ def _span(numbers: Sequence[int]) -> str:
     return f"{low}" if low == high else f"{low}\u2013{high}"
 
 
-def sentence(verdicts: Sequence[Verdict]) -> str:
-    """The answer in one line: who wins at how many budgets, by how much, from how many seeds."""
+def sentence(verdicts: Sequence[Verdict], full: bool = False) -> str:
+    """The answer in one line: who wins at how many budgets, by how much, from how many seeds.
+
+    full: say what is altered, where nothing around does.
+    """
     first, second = verdicts[0].first, verdicts[0].second
     wins, losses = sum(v.wins for v in verdicts), sum(v.losses for v in verdicts)
     total = sum(len(v.differences) for v in verdicts)
@@ -233,9 +266,11 @@ def sentence(verdicts: Sequence[Verdict]) -> str:
     n = _span([d.n for v in verdicts for d in v.differences.values()])
     if losses > wins:
         first, second, wins, losses, mean = second, first, losses, wins, -mean
-    tasks = len({v.grid.task for v in verdicts})
-    where = f"on {verdicts[0].grid.title}" if tasks == 1 else f"over {tasks} tasks"
-    things = "budget" if tasks == 1 else "task-budget pair"
+    recipes = len({(v.grid.task, v.grid.departures) for v in verdicts})
+    one = "altered recipe" if verdicts[0].grid.departures else "task"
+    title = verdicts[0].grid.full_title if full else verdicts[0].grid.title
+    where = f"on {title}" if recipes == 1 else f"over {recipes} {one}s"
+    things = "budget" if recipes == 1 else f"{one.split()[-1]}-budget pair"
     counted = f"{wins} of {total} {things}{'s' if total != 1 else ''}"
     detail = f"(mean {points(mean)}, n={n})"
     if wins == losses:
@@ -245,35 +280,39 @@ def sentence(verdicts: Sequence[Verdict]) -> str:
     return f"{first} beats {second} at {counted} {where} {detail}"
 
 
-def headline(all_grids: Sequence[Grid]) -> str:
-    """One sentence from the data: linear against step where both ran, else the best schedule; paper tasks first."""
-    for chosen in _preferred(all_grids):
-        if verdicts := [v for g in chosen if (v := compare(g))]:
-            return sentence(verdicts)
-    for chosen in _preferred(all_grids):
-        for grid in chosen:
-            if text := leader(grid):
+def headline(all_grids: Sequence[Grid], finished: int) -> str:
+    """One sentence from the data: linear against step where both ran, else the best schedule.
+
+    Named recipes speak before altered ones, real data before tiny, fractions before other axes.
+    """
+    for altered in (False, True):
+        groups = _preferred([g for g in all_grids if bool(g.departures) == altered])
+        for chosen in groups:
+            if verdicts := [v for g in chosen if (v := compare(g))]:
+                return sentence(verdicts, full=True)
+        for grid in (g for chosen in groups for g in chosen):
+            if text := leader(grid, full=True):
                 return text
-    finished = sum(len(s.runs) for g in all_grids for s in g.squares.values())
-    return f"{finished} finished run{'s' if finished != 1 else ''}: not enough to compare schedules yet"
+    return f"{finished:,} finished run{'s' if finished != 1 else ''}: not enough to compare schedules yet"
 
 
-def _preferred(all_grids: Sequence[Grid]) -> list[list[Grid]]:
+def _preferred(some: Sequence[Grid]) -> list[list[Grid]]:
     """Groups of grids in the order in which they may speak: real tasks by fraction, tiny ones, other axes."""
-    real = [g for g in all_grids if g.family == "fraction" and not g.task.endswith("_tiny")]
-    tiny = [g for g in all_grids if g.family == "fraction" and g.task.endswith("_tiny")]
-    return [real, tiny, [g for g in all_grids if g.family != "fraction"]]
+    real = [g for g in some if g.family == "fraction" and not g.task.endswith("_tiny")]
+    tiny = [g for g in some if g.family == "fraction" and g.task.endswith("_tiny")]
+    return [real, tiny, [g for g in some if g.family != "fraction"]]
 
 
-def leader(grid: Grid) -> str:
-    """Who is best at how many budgets, "" where nothing can be compared."""
+def leader(grid: Grid, full: bool = False) -> str:
+    """Who is best at how many budgets, "" where nothing can be compared. full: say what is altered."""
     wins = Counter(s for b in grid.budgets for s in grid.best(b))
     contested = sum(bool(grid.best(b)) for b in grid.budgets)
     if not wins:
         return ""
     name, count = min(wins.items(), key=lambda item: (-item[1], _known(item[0])))
     n = _span([q.summary.n for q in grid.squares.values() if q.summary.n])
-    return f"{name} is best at {count} of {contested} budget{'s' if contested != 1 else ''} on {grid.title} (n={n})"
+    title = grid.full_title if full else grid.title
+    return f"{name} is best at {count} of {contested} budget{'s' if contested != 1 else ''} on {title} (n={n})"
 
 
 def ranking(grid: Grid) -> str:
@@ -371,93 +410,160 @@ def provenance(entries: Iterable[Entry]) -> list[str]:
     return [*lines, f"Finished between {ends[0]} and {ends[-1]}."] if ends else lines
 
 
-# ---- altered recipes
+# ---- what departs from the named recipe
+
+DATA = "training samples"
+UNKNOWN = Departure("other data", "", "")  # the directory says altered, and neither values nor sample counts do
 
 
-@dataclass(slots=True)
-class Altered:
-    """Runs of one altered recipe and cell, pooled over seeds. change: what departs from the named recipe."""
+def by_recipe(
+    entries: Iterable[Entry],
+) -> tuple[dict[tuple[str, tuple[Departure, ...]], list[Entry]], list[Entry]]:
+    """Runs by (task, departures), () for the named recipe, and the finished runs whose recipe cannot be told.
 
-    entry: Entry
-    square: Square
-    signatures: list[str]
-    change: str
-
-
-def altered(entries: Iterable[Entry], configs: int = 2000) -> list[Altered]:
-    """Runs whose directory has a suffix, grouped by their configuration without the seed, else by signature.
-
-    At most `configs` configurations are read; a signature covers the seed, so the rest stands one by one.
+    What departs in a schedule's own constants becomes part of the schedule's name in `cell`.
     """
-    groups: dict[tuple[str, ...], Altered] = {}
-    read = 0
+    groups: dict[tuple[str, tuple[Departure, ...]], list[Entry]] = defaultdict(list)
+    suffixed: dict[tuple[str, tuple[Departure, ...]], list[Entry]] = defaultdict(list)
+    left: list[Entry] = []
+    configs: dict[str, dict[str, str]] = {}
     for entry in entries:
-        if not entry.cell.suffix or not entry.result:
+        if entry.cell.seed < 0:
             continue
-        read += 1
-        leaves = _config(entry.path / "config.yaml") if read <= configs else {}
-        text = json.dumps(leaves, sort_keys=True) if leaves else entry.cell.suffix
-        key = (*entry.cell[:3], hashlib.sha256(text.encode()).hexdigest())
-        if key not in groups:
-            groups[key] = Altered(entry, Square(), [], _change(leaves, entry))
-        group = groups[key]
-        group.square.values[entry.cell.seed] = entry.result["reported.value"]
-        group.signatures.append(entry.cell.suffix)
-    for group in groups.values():
-        group.square.summary = summarize(list(group.square.values.values()))
-    return list(groups.values())
+        if not entry.cell.suffix:
+            groups[entry.cell.task, ()].append(entry)
+            continue
+        leaves = _config(entry.path / "config.yaml", configs)
+        if leaves:
+            own, others = _departures(leaves, entry.cell.task, entry.cell.schedule)
+            cell = entry.cell._replace(schedule=" ".join([entry.cell.schedule, *own]))
+            suffixed[entry.cell.task, others].append(replace(entry, cell=cell))
+        elif entry.result:
+            left.append(replace(entry, note="config.yaml cannot be read, or too many differ"))
+    for (task, others), runs in suffixed.items():
+        for departures, own_runs in _by_data(task, others, runs).items():
+            firsts: dict[tuple[object, ...], Path] = {}
+            for run in own_runs:
+                if run.result and (first := firsts.setdefault(run.cell[:4], run.path)) != run.path:
+                    left.append(replace(run, note=f"the same values and seed as {first.name}"))
+                else:
+                    groups[task, departures].append(run)
+    return groups, left
 
 
-def _config(path: Path) -> dict[str, str]:
-    """Leaves of a resolved config.yaml that affect the result, dotted, as text; {} if it cannot be read."""
-    import yaml
+def _by_data(task: str, others: tuple[Departure, ...], runs: list[Entry]) -> dict[tuple[Departure, ...], list[Entry]]:
+    """Runs by all departures, the size of the data among them; unfinished ones, of unknown data, by the commonest."""
+    wanted = dict(_task(task)).get("task.samples", "null")
+    subset = {d.value for d in others if d.key == "data.subset"}
 
+    def complete(run: Entry) -> tuple[Departure, ...]:
+        size = run.result["data.n_train"] if run.result else None
+        if size is None or str(size) == wanted or str(size) in subset:
+            found = others
+        else:
+            found = (Departure(DATA, f"{size}", "" if wanted == "null" else wanted), *others)
+        return found if found or " " in run.cell.schedule else (UNKNOWN,)
+
+    known = Counter(complete(run) for run in runs if run.result)
+    common = known.most_common(1)[0][0] if known else others or (UNKNOWN,)
+    parts: dict[tuple[Departure, ...], list[Entry]] = defaultdict(list)
+    for run in runs:
+        parts[complete(run) if run.result else common].append(run)
+    return parts
+
+
+def _departures(leaves: dict[str, str], task: str, schedule: str) -> tuple[list[str], tuple[Departure, ...]]:
+    """What departs from conf/: in the schedule's constants (words for its name), and in all else, foremost first."""
+    named = dict(_leaves_of("config")) | dict(_task(task))
+    usual = named["optimizer.name"] = dict(_leaves_of("config"))["defaults.optimizer"]
+    for group, name in (("schedule", schedule), ("optimizer", leaves.get("optimizer.name", usual))):
+        named |= {f"{group}.{k}": v for k, v in _leaves_of(f"{group}/{name}") if (group, k) != ("optimizer", "name")}
+    own, others = [], []
+    for key, value in sorted(leaves.items(), key=lambda leaf: (leaf[0] not in FOREMOST, leaf[0])):
+        was = named.get(key, "")
+        if key == "task.weights":
+            value = value.rsplit("/", 1)[-1]  # where they lie does not matter
+        if not key.startswith(AFFECTING) or key.startswith(QUIET) or value == was or was == "???" or "${" in was:
+            continue
+        if key.startswith("schedule."):
+            own.append(f"{key.removeprefix('schedule.')}={value}")
+        else:
+            others.append(Departure("optimizer" if key == "optimizer.name" else key, value, was))
+    return own, tuple(others)
+
+
+AFFECTING = ("task.", "schedule.", "optimizer.", "precision", "hold", "on_nonfinite", "data.subset")
+FOREMOST = ("data.subset", "optimizer.name", "task.model")
+QUIET = ("task.samples", "task.val_samples", "task.classes")  # what the data should be, not what it was
+
+
+def _config(path: Path, known: dict[str, dict[str, str]]) -> dict[str, str]:
+    """Leaves of a run's config.yaml, {} if it cannot be read. known: those read so far, by their text."""
     try:
         if path.stat().st_size > 100_000:
             return {}
-        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        text = re.sub(r"^seed:.*$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    except (OSError, ValueError):
         return {}
-    leaves = _leaves(data)
-    kept = ("task.", "schedule.", "budget.", "optimizer.")
-    return {k: v for k, v in leaves.items() if k.startswith(kept) or k in ("precision", "hold", "data.subset")}
+    if text not in known and len(known) < CONFIGS:
+        known[text] = _parsed(text)
+    return known.get(text, {})
+
+
+def _parsed(text: str) -> dict[str, str]:
+    """Leaves of YAML, dotted, as text; {} for anything but a mapping."""
+    import yaml
+
+    if re.search(r"[\s\[{,][&*]\w", text):  # aliases: a few of them can stand for endless text
+        return {}
+    try:
+        data = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        return _leaves(data) if isinstance(data, dict) else {}
+    except (ValueError, yaml.YAMLError, RecursionError):
+        return {}
 
 
 def _leaves(data: object, prefix: str = "", depth: int = 6) -> dict[str, str]:
-    if not isinstance(data, dict) or depth == 0:
-        return {prefix: clean(data, 80)}
-    found: dict[str, str] = {}
-    for key, value in list(data.items())[:200]:
-        found |= _leaves(value, f"{prefix}.{clean(key, 40)}" if prefix else clean(key, 40), depth - 1)
-    return found
+    if isinstance(data, dict) and depth:
+        found: dict[str, str] = {}
+        for key, value in list(data.items())[:200]:
+            found |= _leaves(value, f"{prefix}.{clean(key, 40)}" if prefix else clean(key, 40), depth - 1)
+        return found
+    if data is None or isinstance(data, bool):
+        return {prefix: "null" if data is None else str(data).lower()}
+    if isinstance(data, float):
+        return {prefix: f"{data:.12g}"}  # 1.0 and 1 are one value
+    return {prefix: clean(data, 80)}
 
 
 @lru_cache(maxsize=256)
-def _named(group: str, name: str) -> tuple[tuple[str, str], ...]:
-    """Leaves of a file of conf/, as (dotted key, text) pairs."""
-    if not name.replace("_", "").replace("-", "").isalnum():
+def _leaves_of(name: str) -> tuple[tuple[str, str], ...]:
+    """Leaves of conf/<name>.yaml, its list of defaults as `defaults.<group>`, as pairs; () if there is none."""
+    if not re.fullmatch(r"(\w+/)?[\w-]+", name):
         return ()
-    path = CONF / group / f"{name}.yaml"
-    leaves = _config(path) if group == "task" else {f"{group}.{k}": v for k, v in _raw(path).items()}
-    return tuple((k, v) for k, v in leaves.items() if "${" not in v)
-
-
-def _raw(path: Path) -> dict[str, str]:
     import yaml
 
     try:
-        return _leaves(yaml.safe_load(path.read_text(encoding="utf-8")))
+        data = yaml.safe_load((CONF / f"{name}.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
-        return {}
+        return ()
+    chosen = data.pop("defaults", [])
+    named = {group: option for one in chosen if isinstance(one, dict) for group, option in one.items()}
+    inherited = [one for one in chosen if isinstance(one, str) and one != "_self_"]
+    leaves: dict[str, str] = {}
+    for other in inherited:
+        leaves |= dict(_leaves_of(f"{name.rpartition('/')[0]}/{other}"))
+    return tuple((leaves | _leaves(data | ({"defaults": named} if named else {}))).items())
 
 
-def _change(leaves: dict[str, str], entry: Entry) -> str:
-    """What departs from the files in conf/, e.g. 'task.lr 0.2 (0.1)'; "" if nothing readable does."""
-    cell = entry.cell
-    base = dict(_named("task", cell.task)) | dict(_named("schedule", cell.schedule))
-    base |= {"precision": "fp32", "hold": "None", "data.subset": "None"}
-    parts = [f"{k} {v} ({base[k]})" for k, v in leaves.items() if k in base and v != base[k] and v]
-    if entry.result and (name := entry.result["optimizer"]) != "sgd":
-        parts.append(f"optimizer {name}")
-    return clean(", ".join(parts), 200)
+def _task(name: str) -> tuple[tuple[str, str], ...]:
+    return _leaves_of(f"task/{name}")
+
+
+def alone(entry: Entry) -> Grid:
+    """A grid of one finished run whose recipe cannot be told."""
+    result = entry.result
+    assert result is not None
+    recipe = (result["optimizer"], result["reported.metric"], result["reported.rule"])
+    reason = (Departure("signature", entry.cell.suffix, ""), Departure(entry.note, "", ""))
+    return _grid(entry.cell.task, recipe, result["family"], [entry], reason)

@@ -82,7 +82,7 @@ def resolve(cfg: Config, named: Config, data: DataSummary, gpus: int = 1) -> Rec
         budget=budget.amount,
         seed=cfg["seed"],
         signature=signature(fields),
-        departs=_other_data(task, data) or _unnamed(fields) != _unnamed(_affecting(named, data)),
+        departs=_other_data(named["task"], data) or _unnamed(fields) != _unnamed(_affecting(named, data)),
         out=Path(cfg["out"]),
     )
     return Recipe(

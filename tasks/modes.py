@@ -87,11 +87,12 @@ def status(cfg: Any, choices: Choices) -> None:
 def report(cfg: Any, choices: Choices) -> None:
     """Write `<out>/report/` and print its table."""
     from benchmarks import console
-    from benchmarks.report import build, render_terminal
+    from benchmarks.report import build, render_terminal, survey
 
     out = existing(cfg.out)
-    page = build(out)
-    console().print(render_terminal(out))
+    found = survey(out)
+    page = build(out, found)
+    console().print(render_terminal(out, found))
     log.info("report: %s", page)
 
 

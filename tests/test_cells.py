@@ -141,6 +141,8 @@ def test_other_data_depart_by_their_counts(tmp_path):
     photos = class_folders(tmp_path / "photos", 40, 5)
     name = named((f"out={tmp_path}", f"data.root={photos}"))
     assert name.startswith("imagenet_tiny/linear/10%/s0-")
+    said = ("task.samples=80", "task.val_samples=10", "task.classes=2")  # saying so does not make them the recipe's
+    assert named((f"out={tmp_path}", f"data.root={photos}", *said)) == name
     larger = class_folders(tmp_path / "larger", 41, 5)
     assert named((f"out={tmp_path}", f"data.root={larger}")) not in (name, "imagenet_tiny/linear/10%/s0")
     # The same counts and classes as the recipe's own: the same cell, wherever they lie.

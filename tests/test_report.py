@@ -1,6 +1,7 @@
 """The report and the status: what counts, what is shown, what is escaped, how long it takes."""
 
 import csv
+import hashlib
 import io
 import json
 import os
@@ -65,7 +66,7 @@ def pair(tmp_path):
 
 
 def test_grid_against_literals(pair):
-    (grid,) = tables.grids(scan(pair))
+    (grid,), _ = tables.grids(scan(pair))
     assert (grid.metric, grid.rule, grid.budgets, grid.seeds) == ("top1", "best", ["5%", "100%"], [0, 1, 2])
     square = grid.squares["linear", "5%"].summary
     assert (square.n, round(square.mean, 9), round(square.std, 9)) == (3, 0.52, 0.01)
@@ -112,7 +113,7 @@ def test_budgets_sort_by_share_and_clocks_stand_apart(tmp_path):
         data = run("imagenet", "linear", "1%", 0, 0.5)
         data["budget"] = {"amount": budget, "fraction": 0.3, "iterations": 7, "full_iterations": 70}
         write_run(tmp_path, data)
-    found = tables.grids(scan(tmp_path))
+    found, _ = tables.grids(scan(tmp_path))
     assert [(g.family, g.budgets) for g in found] == [
         ("fraction", ["1%", "900it", "5%", "100%"]),
         ("clock", ["45min", "2h"]),
@@ -137,41 +138,135 @@ def test_what_is_no_amount(written):
 def test_published_numbers_stand_only_beside_the_paper_s_recipe(pair):
     put(pair, "imagenet", "linear", "10%", 0, 0.6, suffix="0a1b2c")
     put(pair, "imagenet_tiny", "linear", "5%", 0, 0.5)
-    squares = {g.task: g.squares for g in tables.grids(scan(pair))}
+    squares = {g.task: g.squares for g in tables.grids(scan(pair))[0]}
     assert squares["imagenet"]["linear", "5%"].published[:2] == (0.5726, 0.0024)
     assert ("linear", "10%") not in squares["imagenet"]
     assert squares["imagenet_tiny"]["linear", "5%"].published is None
 
 
-def test_published_numbers_are_withheld_on_other_data(tmp_path):
-    data = run("imagenet", "linear", "5%", 0, 0.5)
-    data["data"]["n_train"] = 500
-    write_run(tmp_path, data)
-    (grid,) = tables.grids(scan(tmp_path))
-    assert grid.squares["linear", "5%"].published is None
-    assert "500 training samples" in grid.note
+CONFIG = """seed: {seed}
+out: /elsewhere
+precision: fp32
+data: {{root: /mine, subset: {subset}}}
+optimizer: {{name: sgd, momentum: 0.9}}
+task: {{name: {task}, lr: 0.1, model: {model}, samples: 7, warmup: {{fraction: 0}}}}
+schedule: {{name: {schedule}{constants}}}
+"""
 
 
-def test_altered_recipes_are_pooled_over_seeds_only(tmp_path):
-    for seed, lr in ((0, 0.2), (1, 0.2), (2, 0.3)):
-        path = put(tmp_path, "imagenet", "linear", "10%", seed, 0.5 + seed / 100, suffix=f"aaaaa{seed}")
-        (path / "config.yaml").write_text(
-            f"seed: {seed}\nout: /x\nprecision: fp32\ntask: {{name: imagenet, lr: {lr}}}\n"
-        )
-    groups = tables.altered(scan(tmp_path))
-    assert [(g.signatures, round(g.square.summary.mean, 9)) for g in groups] == [
-        (["aaaaa0", "aaaaa1"], 0.505),
-        (["aaaaa2"], 0.52),
-    ]
-    assert groups[0].change == "task.lr 0.2 (0.1)"
-    assert tables.grids(scan(tmp_path)) == []
+def put_altered(out, schedule, budget, seed, value, subset=5000, model="mine", constants="", task="cifar10"):
+    """A finished run of cifar10 with another model and less data, as the trainer leaves it."""
+    words = (task, schedule, budget, str(seed), str(subset), model, constants)
+    suffix = hashlib.sha256(" ".join(words).encode()).hexdigest()[:6]
+    data = run("imagenet", schedule, budget, seed, value, suffix=suffix)
+    data |= {"task": task, "data": data["data"] | {"n_train": subset}}
+    path = write_run(out, data, suffix, curve=True)
+    fields = {"task": task, "schedule": schedule, "seed": seed, "subset": subset, "model": model}
+    (path / "config.yaml").write_text(CONFIG.format(**fields, constants=constants))
+    return path
+
+
+@pytest.fixture
+def variant(tmp_path):
+    """linear against step on altered cifar10: +4 points at 5%, +1 at 100%, two seeds."""
+    for seed, shift in enumerate((-0.01, 0.01)):
+        for schedule, at_5, at_100 in (("linear", 0.44, 0.71), ("step", 0.40, 0.70)):
+            put_altered(tmp_path, schedule, "5%", seed, at_5 + shift)
+            put_altered(tmp_path, schedule, "100%", seed, at_100 + shift)
+    return tmp_path
+
+
+def test_altered_runs_have_a_grid_of_their_own(variant):
+    (grid,), left = tables.grids(scan(variant))
+    assert (grid.title, grid.budgets, grid.schedules, grid.seeds, left) == (
+        "cifar10, altered", ["5%", "100%"], ["linear", "step"], [0, 1], [],
+    )  # fmt: skip
+    assert list(map(str, grid.departures)) == ["data.subset 5000 (null)", "task.model mine (resnet18_cifar)"]
+    assert [[round(v, 9) for v in row] for row in grid.means()] == [[0.44, 0.71], [0.40, 0.70]]
+    found = report.survey(variant)
+    assert found.headline == (
+        "linear beats step at 2 of 2 budgets on cifar10 (altered: data.subset 5000, task.model mine) (mean +2.5 pp, n=2)"
+    )
+    assert "| linear | **44.00 ± 1.41** | **71.00 ± 1.41** |" in report.markdown(found).splitlines()
+    rows = list(csv.DictReader(io.StringIO(report.to_csv(found))))
+    assert {r["altered"] for r in rows} == {"data.subset 5000 (null), task.model mine (resnet18_cifar)"}
+    index = report.build(variant)
+    page = index.read_text()
+    assert page.count("task.model mine (resnet18_cifar)") == 1 and "44.00 ± 1.41" in page
+    kinds = {p.stem.split("-")[-1] for p in index.parent.glob("*.png")}
+    assert kinds == {"budget", "gain", "relative", "heat", "lr", "loss"}
+    assert "data.subset 5000 (null)" in text(report.render_terminal(variant))
+
+
+def test_named_recipes_come_first_and_published_numbers_only_beside_them(pair):
+    for schedule in ("linear", "step"):
+        put_altered(pair, schedule, "5%", 0, 0.99, subset=1_281_167, task="imagenet")
+    (named, altered), _ = tables.grids(scan(pair))
+    assert (named.departures, altered.title) == ((), "imagenet, altered")
+    assert named.squares["linear", "5%"].published and not altered.squares["linear", "5%"].published
+    assert not tables.secondary(altered)
+    found = report.survey(pair)
+    assert found.headline.startswith("linear and step are level on imagenet: each ahead at 1 of 2 budgets")
+    markdown = report.markdown(found)
+    assert "paper" in markdown.split("altered")[0] and "paper" not in markdown.split("altered", 1)[1]
+
+
+def test_constants_name_the_schedule_and_anything_else_splits(tmp_path):
+    put_altered(tmp_path, "exp", "5%", 0, 0.5)
+    put_altered(tmp_path, "exp", "5%", 0, 0.6, constants=", gamma: 0.99")
+    put_altered(tmp_path, "exp", "5%", 0, 0.7, model="other")
+    put_altered(tmp_path, "exp", "5%", 0, 0.8, subset=600)
+    found, left = tables.grids(scan(tmp_path))
+    assert [(g.altered(), g.schedules) for g in found] == [
+        ("data.subset 5000, task.model mine", ["exp gamma=0.99", "exp"]),
+        ("data.subset 5000, task.model other", ["exp"]),
+        ("data.subset 600, task.model mine", ["exp"]),
+    ] and not left
+    assert report.survey(tmp_path).headline.startswith("exp gamma=0.99 is best at 1 of 1 budget on cifar10 (altered:")
+
+
+def test_other_data_split_by_their_size_and_unfinished_runs_join_in(tmp_path):
+    for seed, size in ((0, 300), (1, 300), (2, 40)):
+        path = put_altered(tmp_path, "linear", "5%", seed, 0.5, subset=size, model="resnet18_cifar")
+        config = (path / "config.yaml").read_text()
+        (path / "config.yaml").write_text(config.replace(f"subset: {size}", "subset: null"))
+    path = state(tmp_path, "cifar10/step/5%/s0-abcdef")
+    (path / "config.yaml").write_text(config.replace("subset: 40", "subset: null").replace("linear", "step"))
+    (many, few), _ = tables.grids(scan(tmp_path))
+    assert (str(many.departures[0]), many.squares["step", "5%"].states) == (
+        "training samples 300 (45000)", {"running": 1},
+    )  # fmt: skip
+    assert few.altered() == "training samples 40"
+
+
+def test_runs_of_an_unreadable_recipe_are_listed(variant):
+    put(variant, "imagenet", "linear", "10%", 0, 0.5, suffix="0a1b2c")
+    bomb = put(variant, "imagenet", "linear", "10%", 1, 0.5, suffix="0a1b2d") / "config.yaml"
+    bomb.write_text("task: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n")
+    found = report.survey(variant)
+    assert len(found.grids) == 1 and [e.cell.suffix for e in found.left] == ["0a1b2c", "0a1b2d"]
+    page = report.build(variant).read_text()
+    assert "Altered in an unknown way (2)" in page and "imagenet/linear/10%/s0-0a1b2c" in page
+    rows = list(csv.DictReader(io.StringIO(report.to_csv(found))))
+    assert [float(r["mean"]) for r in rows if r["task"] == "imagenet"] == [0.5, 0.5]
+
+
+def test_inherited_values_are_named():
+    named = dict(tables._task("cifar10_resnet20"))
+    assert (named["task.batch_size"], named["task.model"], named["task.rule"]) == ("128", "resnet20", "final")
+
+
+def test_all_finished_runs_are_counted(tmp_path):
+    put_altered(tmp_path, "linear", "5%", 0, 0.5)
+    put(tmp_path, "imagenet", "linear", "10%", 0, 0.5, suffix="0a1b2c")
+    assert report.survey(tmp_path).headline == "2 finished runs: not enough to compare schedules yet"
 
 
 def test_best_place_is_the_share_of_the_run(tmp_path):
     data = run("imagenet", "step", "10%", 0, 0.5)
     data["metrics"]["top1"]["best_step"] = data["iterations_done"] // 2 - 1
     write_run(tmp_path, data)
-    (grid,) = tables.grids(scan(tmp_path))
+    (grid,), _ = tables.grids(scan(tmp_path))
     assert tables.costs(grid)[0]["best_place"] == 0.5
 
 
@@ -273,7 +368,7 @@ def test_missing_and_unfinished_squares_are_counted(pair):
     shutil.rmtree(pair / "imagenet" / "step" / "5%" / "s2")
     state(pair, "imagenet/rex/5%/s0")
     state(pair, "imagenet/rex/5%/s1", state="failed", error="boom")
-    (grid,) = tables.grids(scan(pair))
+    (grid,), _ = tables.grids(scan(pair))
     assert grid.squares["rex", "5%"].states == {"running": 1, "failed": 1}
     assert report.survey(pair).counts == {
         "done": 11, "running": 1, "partial": 0, "died": 0, "failed": 1, "unreadable": 0, "missing": 1 + 1 + 3,
@@ -439,7 +534,7 @@ def test_states(tmp_path):
     assert {seed: r["state"] for seed, r in rows.items()} == {
         0: "done", 1: "running", 2: "died", 3: "running", 4: "partial", 5: "failed", 6: "unreadable", 7: "died",
     }  # fmt: skip
-    assert (rows[1]["step"], rows[1]["total"], rows[1]["rate"], rows[1]["eta"]) == (7, 10, 12.5, 300)
+    assert (rows[1]["step"], rows[1]["total"], rows[1]["rate"], rows[1]["eta"]) == (7, 10, 12.5, 180)  # 3 of the 5 left at the checkpoint
     assert (rows[5]["note"], rows[5]["suffix"]) == ("ValueError: no more", "0a1b2c")
     shown = text(status.render(list(rows.values())))
     assert "7 of 10" in shown and "ValueError: no more" in shown and "job 77" in shown and "top1 50.00%" in shown
