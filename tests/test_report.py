@@ -534,7 +534,7 @@ def test_states(tmp_path):
     assert {seed: r["state"] for seed, r in rows.items()} == {
         0: "done", 1: "running", 2: "died", 3: "running", 4: "partial", 5: "failed", 6: "unreadable", 7: "died",
     }  # fmt: skip
-    assert (rows[1]["step"], rows[1]["total"], rows[1]["rate"], rows[1]["eta"]) == (7, 10, 12.5, 180)  # 3 of the 5 left at the checkpoint
+    assert (rows[1]["step"], rows[1]["total"], rows[1]["rate"], rows[1]["eta"]) == (7, 10, 12.5, 180)
     assert (rows[5]["note"], rows[5]["suffix"]) == ("ValueError: no more", "0a1b2c")
     shown = text(status.render(list(rows.values())))
     assert "7 of 10" in shown and "ValueError: no more" in shown and "job 77" in shown and "top1 50.00%" in shown
