@@ -99,6 +99,7 @@ class Loader(DataLoader):
     def __iter__(self) -> Any:
         # Workers start with these signals held, as torch's own handler would end one that is not set up yet.
         held = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        _closing.clear()
         try:
             return super().__iter__()
         finally:
@@ -118,6 +119,6 @@ def ignore_stop_signals(worker: int = 0) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
-def let_workers_end(yes: bool) -> None:
-    """From now on, do data workers end on SIGTERM?"""
-    _closing.set() if yes else _closing.clear()
+def let_workers_end() -> None:
+    """From now on data workers end on SIGTERM, until a loader starts again."""
+    _closing.set()

@@ -121,7 +121,6 @@ class Session:
             self._buffers = [b for b in model.buffers() if b.is_floating_point()]
             self._kept = [b.clone() for b in self._buffers]
         self._catch_signals()
-        let_workers_end(False)
         self._bar = tqdm(
             total=self.horizon or 100,
             initial=self.step if self.horizon else int(100 * self._clock),
@@ -478,7 +477,7 @@ class Session:
     def close(self) -> None:
         """Give signals and files back; safe to call at any time."""
         self._release_signals()
-        let_workers_end(True)
+        let_workers_end()
         if hasattr(self, "_bar"):
             self._bar.close()
         if hasattr(self, "journal"):

@@ -68,7 +68,7 @@ def test_conda_installs_the_same_pins():
 
 
 def test_what_is_imported_is_pinned_and_the_other_way_round():
-    own = {"budgeted", "tasks", "benchmarks", "hydra_plugins", "run", "tests", "conftest", "detectron2"}
+    own = {"budgeted", "tasks", "benchmarks", "hydra_plugins", "run", "tests", "conftest", "slurm", "detectron2"}
     available = {IMPORTED_AS.get(name, name.replace("-", "_")) for name in pins()}
     indirect = {"omegaconf", "yaml", "submitit", "joblib", "matplotlib", "wandb", "mlflow", "ray", "psutil"}
     assert imports() - own - set(sys.stdlib_module_names) - available - indirect == set()
