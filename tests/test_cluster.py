@@ -21,7 +21,9 @@ from slurm.cluster import Cluster, Unavailable, install
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ("imagenet_tiny", "kinetics_tiny", "coco_tiny", "cityscapes_tiny")
-SLURM = ("hydra/launcher=slurm", "hydra.launcher.cpus_per_task=1", "hydra.launcher.signal_delay_s=5")
+# submitit takes every USR2 for a time-out where the limit is at most ten minutes.
+LIMITS = ("hydra.launcher.timeout_min=10", "hydra.launcher.signal_delay_s=50")
+SLURM = ("hydra/launcher=slurm", "hydra.launcher.cpus_per_task=1", *LIMITS)
 STEPS = 60
 CELL = (f"budget.amount={STEPS}it", "checkpoint.every=10it", "task.eval_every=100%", "device=cpu")
 
@@ -100,20 +102,14 @@ class Seen:
             return []
         return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
-    def reaches(self, step: int) -> dict:
-        """The state of its worker, once it has logged that step."""
-        wait_for(lambda: len(self.lines()) > step)
-        return self.json("state.json")
+    def worker(self, step: int, other_than: str = "") -> dict | None:
+        """The state its process wrote, once it has logged that step in another job array than that."""
+        state = self.json("state.json")
+        fresh = state.get("state") == "running" and state["job"].split("_")[0] != other_than
+        return state if fresh and len(self.lines()) > step else None
 
     def has_finished(self) -> bool:
         return bool(self.json("result.json"))
-
-
-def pending(pid: int, number: int) -> bool:
-    """Does a signal wait for that stopped process?"""
-    status = Path(f"/proc/{pid}/status").read_text()
-    masks = re.findall(r"^(?:ShdPnd|SigPnd):\s*([0-9a-f]+)", status, re.MULTILINE)
-    return any(int(mask, 16) >> (number - 1) & 1 for mask in masks)
 
 
 @pytest.fixture(scope="module")
@@ -125,37 +121,64 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def each(cells: list[Seen], step: int, action: Callable[[Seen, dict], None], other_than: str = "") -> None:
+    """Do something to every cell's worker as soon as that cell has logged a step."""
+    left = list(cells)
+
+    def reached() -> bool:
+        for cell in [*left]:
+            assert not cell.has_finished(), f"{cell.name} was too quick"
+            if state := cell.worker(step, other_than):
+                action(cell, state)
+                left.remove(cell)
+        return not left
+
+    wait_for(reached, 150)
+
+
+def hold(cell: Seen, state: dict) -> None:
+    """Until SLURM sends a signal, which it does with a SIGCONT."""
+    os.kill(state["pid"], signal.SIGSTOP)
+
+
 def test_disturbed_cells_end_like_undisturbed_ones(slurm, run, undisturbed, tmp_path):
     """Cancelled as a whole, then by the same command: kill -9, scancel --signal, a time limit and a preemption."""
     words = ("-m", *CELL, "seed=range(4)", f"out={tmp_path}", *SLURM, "hydra.launcher.array_parallelism=3")
     killed, told, timed, preempted = cells = [Seen(tmp_path, seed) for seed in range(4)]
 
     driver = run(*words)
-    state = killed.reaches(12)
+    each([killed, told, timed], 12, hold)
+    array = killed.json("state.json")["job"].split("_")[0]
     watched = said(run("mode=status", f"out={tmp_path}"))
-    array = state["job"].split("_")[0]
+    assert "3 running" in watched and "1 queued" in watched
     assert re.search(rf"queued .*job {array}_3 JobArrayTaskLimit", watched), watched
     slurm.run("scancel", array)
-    assert "the same command tries these" in said(driver, expect=1)
-    assert killed.json("state.json")["state"] == "partial" and not killed.has_finished()
+    assert "the same command tries these 4 again" in said(driver, expect=1)
+    assert {cell.json("state.json").get("state") for cell in cells} == {"partial", None}
 
     driver = run(*words)
-    workers = {cell: cell.reaches(30) for cell in (killed, told, timed)}
-    assert workers[killed]["job"] != state["job"]
-    os.kill(workers[killed]["pid"], signal.SIGKILL)
-    slurm.run("scancel", "--signal=USR2", workers[told]["job"])
-    # The limit is a whole minute from the start: the worker is held until SLURM has noticed that it is over.
-    os.kill(workers[timed]["pid"], signal.SIGSTOP)
-    slurm.run("scontrol", "update", f"JobId={workers[timed]['job']}", "TimeLimit=1")
-    wait_for(lambda: pending(workers[timed]["pid"], signal.SIGUSR2), 150)
-    os.kill(workers[timed]["pid"], signal.SIGCONT)
-    node = slurm.run("squeue", "-h", "-j", preempted.reaches(10)["job"], "-o", "%N").strip()
-    slurm.run(
-        "sbatch", "--partition=urgent", f"--nodelist={node}", "--exclusive", "--wrap=sleep 2", "--output=/dev/null"
-    )
-    output = said(driver)
+    hit = {}
 
-    assert "4 of 4 cells done" in output
+    def disturb(cell: Seen, state: dict) -> None:
+        hit[cell] = state["pid"]
+        if cell is killed:
+            os.kill(state["pid"], signal.SIGKILL)
+        elif cell is told:
+            slurm.run("scancel", "--signal=USR2", state["job"])
+        else:  # limits are whole minutes
+            hold(cell, state)
+            clock = slurm.run("squeue", "-h", "-j", state["job"], "-o", "%M").strip()  # minutes:seconds
+            slurm.run("scontrol", "update", f"JobId={state['job']}", f"TimeLimit={int(clock.split(':')[0]) + 1}")
+
+    each([killed, told, timed], 25, disturb, other_than=array)
+    each([preempted], 10, hold, other_than=array)
+    wait_for(lambda: timed.json("state.json")["pid"] != hit[timed], 150)
+    node = slurm.run("squeue", "-h", "-j", preempted.json("state.json")["job"], "-o", "%N").strip()
+    slurm.run(
+        "sbatch", "--partition=urgent", f"--nodelist={node}", "--exclusive", "--wrap=sleep 1", "--output=/dev/null"
+    )
+    assert "4 of 4 cells done" in said(driver)
+
     for seed, cell in enumerate(cells):
         whole, found = Seen(undisturbed, seed), cell.json("result.json")
         assert found["resumed"] >= 1
