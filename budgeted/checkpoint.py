@@ -37,7 +37,12 @@ def save(path: Path, content: dict[str, Any]) -> None:
     content = {"schema": SCHEMA, **content}
     content["digest"] = _digest(content)
     with atomic(path, "wb") as handle:
-        torch.save(content, handle)
+        try:
+            torch.save(content, handle)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # a full disk, of which torch says "unexpected pos 768 vs 662"
+                raise error.__context__ from None
+            raise
         handle.flush()
         os.fsync(handle.fileno())  # all of it is there: only now may the one before the last go
         if path.exists():
