@@ -74,6 +74,8 @@ def one_step(trainer: DefaultTrainer) -> Callable[[], None]:
     """A function that makes the next update of a trainer outside its loop, hooks included."""
     storage = EventStorage(0)
     trainer.storage, trainer.iter = storage, -1
+    with storage:
+        trainer.before_train()
 
     def step() -> None:
         trainer.iter += 1
