@@ -84,9 +84,7 @@ def _total(rows: list[dict[str, Any]]) -> str:
         line += f", {sum(priced) / 3600:.2f} hours of training"
     if len(priced) < len(left):
         unpriced = len(left) - len(priced)
-        line += (
-            f"; {unpriced} not priced: no throughput known (mode=probe or plan.samples_per_second= gives it)"
-        )
+        line += f"; {unpriced} not priced: no throughput known (mode=probe or plan.samples_per_second= gives it)"
     sizes = [r["bytes"] for r in left if r["bytes"]]
     return line + (f"; about {sum(sizes) / 1e9:.2f} GB on disk" if sizes else "")
 

@@ -188,3 +188,74 @@ def test_disturbed_cells_end_like_undisturbed_ones(slurm, run, undisturbed, tmp_
     logs = "".join(path.read_text() for path in sorted((tmp_path / ".sweep").glob("*/*_log.out")))
     assert "this job is timed-out" in logs and "Requeued job" in logs
     assert [path.name for path in (tmp_path / ".sweep").glob("*/*.killed")]  # by kill -9
+
+
+def noted(folder: Path) -> dict[str, list[list[int]]]:
+    """Data set to the samples of every step, over all ranks, as tests/slurm/samples wrote them down."""
+    steps: dict[str, list[list[int]]] = {}
+    for path in sorted(folder.iterdir()):
+        batches = [json.loads(line) for line in path.read_text().splitlines()]
+        steps[path.stem] = [a + b for a, b in zip(steps.get(path.stem, [[]] * len(batches)), batches, strict=True)]
+    return {name: [sorted(step) for step in found] for name, found in steps.items()}
+
+
+def test_two_nodes_train_what_one_process_trains(run, tmp_path):
+    """All tiny tasks: the rates, the samples of every step, the first loss, and the metrics in the end."""
+    words = (
+        "-m",
+        f"task={','.join(TINY)}",
+        "budget.amount=4it",
+        "task.eval_every=100%",
+        "data.workers=0",
+        "device=cpu",
+    )
+    (tmp_path / "1").mkdir(), (tmp_path / "2").mkdir()
+    look = str(ROOT / "tests" / "slurm" / "samples")
+    two = run(
+        *words, f"out={tmp_path}/two", *SLURM, "hydra.launcher.nodes=2", PYTHONPATH=look, SAMPLES=str(tmp_path / "2")
+    )
+    said(run(*words, f"out={tmp_path}/one", PYTHONPATH=look, SAMPLES=str(tmp_path / "1")))
+    said(two)
+    assert noted(tmp_path / "1") == noted(tmp_path / "2") and len(noted(tmp_path / "1")) == len(TINY)
+    for task in TINY:
+        one, two = (Seen(tmp_path / out, task=task, budget="4it") for out in ("one", "two"))
+        assert two.json("result.json")["world_size"] == 2
+        a, b = one.lines(), two.lines()
+        assert [x["lr"] for x in a if "lr" in x] == [x["lr"] for x in b if "lr" in x]
+        # detectron2 draws the anchors and proposals that count from one stream a process: another draw, the same mean.
+        assert a[0]["loss"] == pytest.approx(b[0]["loss"], rel=0.1 if task == "coco_tiny" else 1e-5), task
+        # Native tasks synchronise batch norm. AP and mIoU after four steps are thresholds and ratios of small counts.
+        least = 1e-4 if task in ("imagenet_tiny", "kinetics_tiny") else 0.02
+        assert a[-1]["eval"] == pytest.approx(b[-1]["eval"], abs=least), task
+
+
+def test_when_one_of_two_ranks_is_killed_the_other_ends_and_the_same_command_goes_on(run, tmp_path):
+    words = ("budget.amount=40it", "checkpoint.every=5it", "task.eval_every=100%", "device=cpu")
+    srun = ("srun", "--nodes=2", "--ntasks=2", "--quiet")
+    said(run(*words, f"out={tmp_path}/whole", by=srun))
+    out, whole = (Seen(tmp_path / name, budget="40it") for name in ("killed", "whole"))
+    step = run(*words, f"out={tmp_path}/killed", by=srun)
+    state = wait_for(lambda: out.worker(12), 150)
+    other = next(p for p in workers(str(tmp_path / "killed")) if p != state["pid"])
+    os.kill(other, signal.SIGKILL)
+    since = time.monotonic()
+    step.wait(timeout=60)
+    assert time.monotonic() - since < 30 and step.returncode != 0
+    found = out.json("state.json")
+    assert found["state"] == "partial" and "another process was lost" in found["error"] and not out.has_finished()
+    said(run(*words, f"out={tmp_path}/killed", by=srun))
+    assert out.lines() == whole.lines()
+    assert out.json("result.json")["weights_sha256"] == whole.json("result.json")["weights_sha256"]
+
+
+def workers(word: str) -> list[int]:
+    """Processes of run.py with that word in their command, srun's own left out."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = path.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"srun" not in command[0] and any(word.encode() in part for part in command):
+            found.append(int(path.parent.name))
+    return found

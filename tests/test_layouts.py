@@ -84,7 +84,9 @@ def test_empty_root(tmp_path):
 
 
 def test_unset_root():
-    with pytest.raises(UserError, match="^data.root is not set: say where mine's files are, e.g. data.root=/data/mine$"):
+    with pytest.raises(
+        UserError, match="^data.root is not set: say where mine's files are, e.g. data.root=/data/mine$"
+    ):
         layouts.inspect({"task": {"name": "mine", "adapter": "video"}, "data": {"root": None}})
 
 
@@ -158,7 +160,9 @@ def test_validation_folder_of_another_name(tmp_path):
 
 def test_root_one_level_too_high(tmp_path):
     folders(tmp_path / "ILSVRC/Data/CLS-LOC")
-    assert fault(tmp_path, "classification") == f"no train/ here: did you mean data.root={tmp_path}/ILSVRC/Data/CLS-LOC?"
+    assert (
+        fault(tmp_path, "classification") == f"no train/ here: did you mean data.root={tmp_path}/ILSVRC/Data/CLS-LOC?"
+    )
 
 
 def test_check_finds_a_truncated_image(tmp_path):
@@ -273,12 +277,25 @@ def coco(root: Path, **changes) -> Path:
         for i in (1, 2):
             picture(root / f"{split}2017" / f"{i}.jpg")
         (root / "annotations").mkdir(exist_ok=True)
-        (root / f"annotations/instances_{split}2017.json").write_text(json.dumps({**tables, **(changes if split == "train" else {})}))
+        (root / f"annotations/instances_{split}2017.json").write_text(
+            json.dumps({**tables, **(changes if split == "train" else {})})
+        )
     return root
 
 
 def row(**changes) -> list[dict]:
-    return [{"id": 7, "image_id": 1, "category_id": 3, "bbox": [1, 1, 3, 3], "area": 9, "iscrowd": 0, "segmentation": [], **changes}]
+    return [
+        {
+            "id": 7,
+            "image_id": 1,
+            "category_id": 3,
+            "bbox": [1, 1, 3, 3],
+            "area": 9,
+            "iscrowd": 0,
+            "segmentation": [],
+            **changes,
+        }
+    ]
 
 
 def test_coco_counts(tmp_path):
@@ -374,7 +391,15 @@ def test_coco_summary_of_a_large_json_is_kept_until_the_file_changes(tmp_path, m
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     root = coco(tmp_path, info="x" * 5_000_000)
     first = look(root, "detection")
-    monkeypatch.setattr(coco_json.json, "loads", lambda text: pytest.fail("parsed again") if len(text) > 10**6 else json.JSONDecoder().decode(str(text, "utf-8") if isinstance(text, bytes) else text))
+    monkeypatch.setattr(
+        coco_json.json,
+        "loads",
+        lambda text: (
+            pytest.fail("parsed again")
+            if len(text) > 10**6
+            else json.JSONDecoder().decode(str(text, "utf-8") if isinstance(text, bytes) else text)
+        ),
+    )
     assert look(root, "detection") == first
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -535,7 +560,11 @@ def test_check_finds_clips_that_are_too_short_or_damaged_inside(tmp_path):
 
 
 def test_mp4_boxes_that_lie_about_their_length_end(tmp_path):
-    for head in (struct.pack(">I4s", 0, b"free"), struct.pack(">I4sQ", 1, b"moov", 2**62), struct.pack(">I4s", 3, b"moov")):
+    for head in (
+        struct.pack(">I4s", 0, b"free"),
+        struct.pack(">I4sQ", 1, b"moov", 2**62),
+        struct.pack(">I4s", 3, b"moov"),
+    ):
         (tmp_path / "x.mp4").write_bytes(head + bytes(20))
         assert layouts.mp4_fault(tmp_path / "x.mp4") == f"cut short or not an mp4 ({len(head) + 20} bytes)"
 
@@ -545,8 +574,14 @@ def test_mp4_boxes_that_lie_about_their_length_end(tmp_path):
     [
         ("walk.mp4\n", "train_list.csv line 1 is 'walk.mp4': expected `path index`, e.g. train/walk/a.mp4 0"),
         ("\n", "train_list.csv lists no clip: remove it, or run mode=prepare to write it"),
-        ("../a.mp4 0\n", "train_list.csv line 1 names '../a.mp4', which leads out of the folder: give a relative path without .."),
-        ("a.mp4 0\n/b.mp4 0\n", "train_list.csv line 2 names '/b.mp4', which leads out of the folder: give a relative path without .."),
+        (
+            "../a.mp4 0\n",
+            "train_list.csv line 1 names '../a.mp4', which leads out of the folder: give a relative path without ..",
+        ),
+        (
+            "a.mp4 0\n/b.mp4 0\n",
+            "train_list.csv line 2 names '/b.mp4', which leads out of the folder: give a relative path without ..",
+        ),
         ("a.mp4 5\n", "train_list.csv has class index 5 and classes.txt 2 names: indices count from 0"),
     ],
 )

@@ -273,7 +273,9 @@ def test_a_manifest_of_the_users_own_is_not_written_over(kinetics):
         (kinetics / f"{split}.csv").unlink()
         (kinetics / f"{split}_list.csv").write_text(f"{split}/sit down/v0_000000_000010.mp4 0\n")
     before = files(kinetics)
-    with pytest.raises(UserError, match="no official train.csv and val.csv to make manifests of: set prepare.short_side"):
+    with pytest.raises(
+        UserError, match="no official train.csv and val.csv to make manifests of: set prepare.short_side"
+    ):
         run(kinetics, "video", short_side=None)
     assert "2 cut to 16" in run(kinetics, "video", short_side=16)[0]
     assert files(kinetics) == before

@@ -183,12 +183,17 @@ def small(seg, cell):
 
 
 def test_weights_of_a_whole_model_and_of_a_backbone(seg, small, tmp_path):
-    whole = {key: torch.randn_like(value) if value.is_floating_point() else value for key, value in small.state_dict().items()}
+    whole = {
+        key: torch.randn_like(value) if value.is_floating_point() else value
+        for key, value in small.state_dict().items()
+    }
     torch.save({"state_dict": whole}, tmp_path / "whole.pth")
     seg.load_weights(small, str(tmp_path / "whole.pth"))
     assert all(torch.equal(value, whole[key]) for key, value in small.state_dict().items())
     backbone = {key: value + 1 for key, value in small.backbone.state_dict().items()}
-    torch.save({**backbone, "fc.weight": torch.zeros(1000, 128), "fc.bias": torch.zeros(1000)}, tmp_path / "backbone.pth")
+    torch.save(
+        {**backbone, "fc.weight": torch.zeros(1000, 128), "fc.bias": torch.zeros(1000)}, tmp_path / "backbone.pth"
+    )
     seg.load_weights(small, str(tmp_path / "backbone.pth"))
     assert all(torch.equal(value, backbone[key]) for key, value in small.backbone.state_dict().items())
     assert torch.equal(small.decode_head.conv_seg.weight, whole["decode_head.conv_seg.weight"])
@@ -227,7 +232,9 @@ def test_without_a_network_the_line_says_where_the_weights_are(seg, small, monke
         raise urllib.error.URLError("no route")
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
-    with pytest.raises(UserError, match=r"from https://download.openmmlab.com\S+resnet50_v1c\S+ \(no route\); fetch it elsewhere"):
+    with pytest.raises(
+        UserError, match=r"from https://download.openmmlab.com\S+resnet50_v1c\S+ \(no route\); fetch it elsewhere"
+    ):
         seg.load_weights(small, "open-mmlab://resnet50_v1c")
 
 
@@ -288,8 +295,13 @@ def test_a_run_makes_upstreams_own_losses(seg, built, cell, tmp_path):
         def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
             seen.append((runner.optim_wrapper.optimizer.param_groups[0]["lr"], float(outputs["loss"])))
 
-    samples = [dict(zip(batch, values, strict=True)) for batch in batches for values in zip(*batch.values(), strict=True)]
-    batch, untouched = recipe.cfg["task"]["batch_size"], torch.Generator()  # else its iterator draws before the weights do
+    samples = [
+        dict(zip(batch, values, strict=True)) for batch in batches for values in zip(*batch.values(), strict=True)
+    ]
+    batch, untouched = (
+        recipe.cfg["task"]["batch_size"],
+        torch.Generator(),
+    )  # else its iterator draws before the weights do
     source = torch.utils.data.DataLoader(samples, batch, collate_fn=seg.pseudo_collate, generator=untouched)
     plain = plain_runner(adapter, source, tmp_path / "plain", total, (Listen(),))
     plain.train()
@@ -345,7 +357,16 @@ def test_a_cell_from_start_to_result(seg, cell, tmp_path, monkeypatch):
     rates = [line["lr"] for line in metrics(recipe) if "loss" in line]
     assert rates == pytest.approx([0.1, 0.1, 0.01, 0.001])
     inside = {Path(name).parts[0] for name in listing(recipe.cell.directory)}
-    assert inside == {"config.yaml", "metrics.jsonl", "result.json", "state.json", "checkpoint.pt", "run.log", "lock", "upstream"}
+    assert inside == {
+        "config.yaml",
+        "metrics.jsonl",
+        "result.json",
+        "state.json",
+        "checkpoint.pt",
+        "run.log",
+        "lock",
+        "upstream",
+    }
     assert {path.name for path in tmp_path.iterdir()} == {"runs"}
     assert not any("vis_data" in name or name.endswith(".pth") for name in listing(tmp_path))
 
@@ -388,7 +409,16 @@ def test_dropout_follows_the_step_and_not_the_loading(seg, built):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [("precision=bf16",), ("channels_last=true",), ("micro_batch=2",), ("optimizer=adam", "optimizer.lr=0.01"), ("optimizer=schedule_free",)])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("precision=bf16",),
+        ("channels_last=true",),
+        ("micro_batch=2",),
+        ("optimizer=adam", "optimizer.lr=0.01"),
+        ("optimizer=schedule_free",),
+    ],
+)
 def test_variants_learn(seg, cell, words):
     result = base.train(cell("budget.amount=12it", "task.eval_every=100%", "checkpoint.every=100%", *words))
     assert result["metrics"]["aacc"]["final"] > 0.2
@@ -442,7 +472,14 @@ def test_two_processes_share_batches_and_validation_images(seg, cell, tmp_path):
     image.unlink()
     words = ["task=cityscapes_tiny", f"out={tmp_path / 'ddp'}", f"data.root={root}", "budget.amount=4it", "device=cpu"]
     (tmp_path / "worker.py").write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", tmp_path / "worker.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--standalone",
+        tmp_path / "worker.py",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "BUDGETED_BAR": "0", "PYTHONPATH": str(REPO)}
     done = subprocess.run([*command, *words], env=environment, cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -72,14 +72,18 @@ def test_clips_are_encoded_to_the_same_bytes(written, tmp_path):
         label, frames = tiny._frames("val", index)
         name = f"tinyv{index:06d}_{index:06d}_{index + 2:06d}.mp4"
         tiny.encode(tmp_path / name, frames)
-        assert filecmp.cmp(tmp_path / name, written[0] / "kinetics_tiny/val" / tiny.MOTIONS[label] / name, shallow=False)
+        assert filecmp.cmp(
+            tmp_path / name, written[0] / "kinetics_tiny/val" / tiny.MOTIONS[label] / name, shallow=False
+        )
 
 
 def test_imagenet_files_are_what_their_index_draws(written, tmp_path):
     label, picture = tiny._form_image("val", 123)
     picture.save(tmp_path / "x.JPEG", quality=90)
     assert label == 3
-    assert filecmp.cmp(tmp_path / "x.JPEG", written[0] / "imagenet_tiny/val/n00000004/n00000004_123.JPEG", shallow=False)
+    assert filecmp.cmp(
+        tmp_path / "x.JPEG", written[0] / "imagenet_tiny/val/n00000004/n00000004_123.JPEG", shallow=False
+    )
 
 
 def test_imagenet_is_balanced_class_folders_of_jpeg(written):
@@ -109,7 +113,9 @@ def test_cityscapes_labels_are_its_own_ids_and_their_training_ids(written):
     pairs = {7: 0, 8: 1, 11: 2, 17: 5, 21: 8, 23: 10, 24: 11, 26: 13, 1: 255}
     seen = set()
     for file in root.glob("gtFine/*/*/*_labelIds.png"):
-        ids, trained = (np.asarray(Image.open(str(file).replace("labelIds", kind))) for kind in ("labelIds", "labelTrainIds"))
+        ids, trained = (
+            np.asarray(Image.open(str(file).replace("labelIds", kind))) for kind in ("labelIds", "labelTrainIds")
+        )
         assert ids.shape == (64, 128) and ids.dtype == np.uint8
         both = set(zip(ids.ravel().tolist(), trained.ravel().tolist(), strict=True))
         assert both <= set(pairs.items())
