@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from budgeted.errors import UserError, nearest
 from budgeted.recipe import Config, Recipe, known_key, resolve, same_types, validate
-from tasks import layouts
+from tasks import compat, layouts, zoo
 
 log = logging.getLogger("budgeted")
 
@@ -194,10 +195,21 @@ def _recipe(cfg: Config, choices: Mapping[str, str]) -> Recipe:
         raise UserError(
             f"task.lr={cfg['task']['lr']}: is the rate of sgd; with optimizer={name} set optimizer.lr ({own})"
         )
+    if cfg["mode"] in ("train", "probe"):
+        _check_model(cfg)
     data = _nominal(cfg) if cfg["mode"] in ("plan", "status") else None
     if data is None:
         data = _inspect(cfg["task"]["name"], str(cfg["data"]["root"]), cfg["data"]["subset"], cfg["task"]["adapter"])
     return resolve(cfg, named, data)
+
+
+def _check_model(cfg: Config) -> None:
+    """What can be told of a model's name without importing torch; a package that is absent is named later."""
+    adapter, model = cfg["task"]["adapter"], cfg["task"]["model"]
+    if adapter == "detection":
+        zoo.check(cfg)
+    elif adapter == "segmentation" and importlib.util.find_spec("mmseg"):
+        compat.mmseg_config(model)
 
 
 def _nominal(cfg: Config) -> layouts.Data | None:
