@@ -15,6 +15,15 @@ from typing import Any
 from budgeted.errors import UserError
 
 DETECTRON2_COMMIT = "a59f05630a8f205756064244bf5beb8661f96180"  # of the sources this was tried with
+INSTALL = {
+    "mmsegmentation": "pip install mmsegmentation==1.2.2 mmengine==0.10.7 mmcv-lite==2.1.0 ftfy regex",
+    "detectron2": "pip install --no-build-isolation "
+    f"'git+https://github.com/facebookresearch/detectron2@{DETECTRON2_COMMIT}'",
+}
+
+
+def _unusable(upstream: str, what: str) -> UserError:
+    return UserError(f"this task runs on {upstream}, and {what} cannot be imported: {INSTALL[upstream]}")
 
 
 def mmseg() -> ModuleType:
@@ -26,10 +35,7 @@ def mmseg() -> ModuleType:
     """
     missing = [name for name in ("mmengine", "mmcv", "mmseg", "ftfy", "regex") if not importlib.util.find_spec(name)]
     if missing:
-        raise UserError(
-            f"this task runs on mmsegmentation, and {', '.join(missing)} cannot be imported: "
-            "pip install mmsegmentation==1.2.2 mmengine==0.10.7 mmcv-lite==2.1.0 ftfy regex"
-        )
+        raise _unusable("mmsegmentation", ", ".join(missing))
     stub = "mmcv._ext" not in sys.modules and not importlib.util.find_spec("mmcv._ext")
     if stub:
         sys.modules["mmcv._ext"] = _NoCompiledOps("mmcv._ext")
@@ -38,6 +44,8 @@ def mmseg() -> ModuleType:
             warnings.simplefilter("ignore")
             for part in ("datasets", "evaluation", "models"):
                 importlib.import_module(f"mmseg.{part}")
+    except ImportError as error:
+        raise _unusable("mmsegmentation", f"mmseg.{part} ({error})") from error
     except AssertionError as error:  # how mmseg refuses an mmcv or mmengine of another version
         raise UserError(f"mmsegmentation: {' '.join(str(error).split())}") from None
     finally:
@@ -86,10 +94,7 @@ def detectron2() -> ModuleType:
     """
     missing = [name for name in ("detectron2", "fvcore", "iopath", "pycocotools") if not importlib.util.find_spec(name)]
     if missing:
-        raise UserError(
-            f"this task runs on detectron2, and {', '.join(missing)} cannot be imported: "
-            f"pip install --no-build-isolation 'git+https://github.com/facebookresearch/detectron2@{DETECTRON2_COMMIT}'"
-        )
+        raise _unusable("detectron2", ", ".join(missing))
     stub = "pkg_resources" not in sys.modules and not importlib.util.find_spec("pkg_resources")
     if stub:
         sys.modules["pkg_resources"] = ModuleType("pkg_resources")
@@ -99,6 +104,8 @@ def detectron2() -> ModuleType:
             warnings.simplefilter("ignore")  # torch.jit.script and pkg_resources are on their way out
             for part in ("engine", "evaluation", "model_zoo"):
                 importlib.import_module(f"detectron2.{part}")
+    except ImportError as error:
+        raise _unusable("detectron2", f"detectron2.{part} ({error})") from error
     finally:
         if stub:
             del sys.modules["pkg_resources"]
