@@ -11,7 +11,8 @@ class UserError(Exception):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A closing phrase that names the closest of `known`, or all of them where none is close."""
+    """A closing phrase that names the closest of `known`; all of them where none is close and they are few."""
     names = sorted(map(str, known))
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.55)
+    cutoff = 0.55 if len(names) <= 24 else 0.0
+    close = difflib.get_close_matches(word, names, n=1, cutoff=cutoff)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
