@@ -199,6 +199,11 @@ def noted(folder: Path) -> dict[str, list[list[int]]]:
     return {name: [sorted(step) for step in found] for name, found in steps.items()}
 
 
+# What a process draws within the model, it draws for its own samples: detectron2 which anchors and proposals count,
+# PSPNet which channels are dropped. Other draws, the same mean.
+DRAWS = {"coco_tiny": 0.1, "cityscapes_tiny": 1e-3}
+
+
 def test_two_nodes_train_what_one_process_trains(run, tmp_path):
     """All tiny tasks: the rates, the samples of every step, the first loss, and the metrics in the end."""
     words = (
@@ -222,8 +227,7 @@ def test_two_nodes_train_what_one_process_trains(run, tmp_path):
         assert two.json("result.json")["world_size"] == 2
         a, b = one.lines(), two.lines()
         assert [x["lr"] for x in a if "lr" in x] == [x["lr"] for x in b if "lr" in x]
-        # detectron2 draws the anchors and proposals that count from one stream a process: another draw, the same mean.
-        assert a[0]["loss"] == pytest.approx(b[0]["loss"], rel=0.1 if task == "coco_tiny" else 1e-5), task
+        assert a[0]["loss"] == pytest.approx(b[0]["loss"], rel=DRAWS.get(task, 1e-5)), task
         # Native tasks synchronise batch norm. AP and mIoU after four steps are thresholds and ratios of small counts.
         least = 1e-4 if task in ("imagenet_tiny", "kinetics_tiny") else 0.02
         assert a[-1]["eval"] == pytest.approx(b[-1]["eval"], abs=least), task
