@@ -6,6 +6,7 @@ with (seed, k). Nothing is skipped by decoding it, and no loader state is saved.
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import signal
@@ -122,3 +123,7 @@ def ignore_stop_signals(worker: int = 0) -> None:
 def let_workers_end() -> None:
     """From now on data workers end on SIGTERM, until a loader starts again."""
     _closing.set()
+
+
+# Ahead of multiprocessing's own exit, which sends SIGTERM to data workers that are left and then waits for them.
+atexit.register(let_workers_end)
