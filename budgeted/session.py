@@ -418,8 +418,9 @@ class Session:
 
     def _open_journal(self, mark: dict[str, Any] | None) -> None:
         if self.world.is_main:
-            self.journal = Journal(self.cell.metrics, mark, self.step, self.step - self._owed)
-            self.tracker = trackers.start(self.cfg.get("tracker", "none"), self.cell, self.cfg, self.step)
+            at = self.step, self.step - self._owed
+            self.journal = Journal(self.cell.metrics, mark, *at)
+            self.tracker = trackers.start(self.cfg.get("tracker", "none"), self.cell, self.cfg, *at)
 
     # -- signals --------------------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """A run's metrics on a dashboard as well: tracker=tensorboard, wandb or mlflow. Off by default, imported on use.
 
-    tracker = trackers.start("tensorboard", cell, cfg, step)   # goes on with what a requeued run began
+    tracker = trackers.start("tensorboard", cell, cfg, step, step)   # goes on with what a requeued run began
     tracker.write({"step": 0, "loss": 1.0, ...})               # a row of metrics.jsonl
     tracker.close()
 
@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import secrets
+import time
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,9 +26,10 @@ PROJECT = "budgeted"
 
 
 class Tracker(Protocol):
-    """One run of one service. `step` is where the run goes on: what was written of later steps is superseded."""
+    """One run of one service. What was written of steps from `step` on, and of evaluations from the step
+    `evaluated` on, comes again."""
 
-    def __init__(self, cell: Cell, cfg: dict[str, Any], step: int) -> None: ...
+    def __init__(self, cell: Cell, cfg: dict[str, Any], step: int, evaluated: int) -> None: ...
 
     def write(self, values: dict[str, float], step: int) -> None:
         """Values by name, such as `train/loss` or `eval/top1`."""
@@ -35,34 +38,33 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files in the run's directory, under tensorboard/: `tensorboard --logdir runs`."""
+    """Event files in the run's directory, in tensorboard/train and tensorboard/eval: `tensorboard --logdir runs`."""
 
-    def __init__(self, cell: Cell, cfg: dict[str, Any], step: int) -> None:
+    def __init__(self, cell: Cell, cfg: dict[str, Any], step: int, evaluated: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(cell.directory / "tensorboard"), purge_step=step)
+        place, after = cell.directory / "tensorboard", {"train": step, "eval": evaluated}
+        self.writers = {kind: SummaryWriter(str(place / kind), purge_step=s) for kind, s in after.items()}
 
     def write(self, values: dict[str, float], step: int) -> None:
         for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
+            self.writers[name.split("/")[0]].add_scalar(name, value, step)
 
     def close(self) -> None:
-        self.writer.close()
+        for writer in self.writers.values():
+            writer.close()
 
 
 class WandB:
     """W&B, as the environment configures it (WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE=offline)."""
 
-    def __init__(self, cell: Cell, cfg: dict[str, Any], step: int) -> None:
-        import os
-
+    def __init__(self, cell: Cell, cfg: dict[str, Any], step: int, evaluated: int) -> None:
         import wandb
 
         name = _known(cell.directory, "wandb") or _remember(cell.directory, "wandb", secrets.token_hex(8))
         project = os.environ.get("WANDB_PROJECT", PROJECT)
-        self.run = wandb.init(
-            project=project, id=name, resume="allow", name=cell.name, config=cfg, dir=str(cell.directory), reinit=True
-        )
+        where = str(cell.directory)
+        self.run = wandb.init(project=project, id=name, resume="allow", name=cell.name, config=cfg, dir=where)
 
     def write(self, values: dict[str, float], step: int) -> None:
         self.run.log(values, step=step)  # steps that it has already it leaves as they are: they come out the same
@@ -74,9 +76,7 @@ class WandB:
 class MLflow:
     """MLflow, where MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME say."""
 
-    def __init__(self, cell: Cell, cfg: dict[str, Any], step: int) -> None:
-        import os
-
+    def __init__(self, cell: Cell, cfg: dict[str, Any], step: int, evaluated: int) -> None:
         from mlflow import MlflowClient
 
         self.client = MlflowClient()
@@ -94,9 +94,11 @@ class MLflow:
         _remember(cell.directory, "mlflow", self.run)
 
     def write(self, values: dict[str, float], step: int) -> None:
-        for key, value in values.items():
-            if step > self.written.get(key, -1):  # it would keep both
-                self.client.log_metric(self.run, key, value, step=step)
+        from mlflow.entities import Metric
+
+        at = int(1000 * time.time())
+        new = [Metric(k, v, at, step) for k, v in values.items() if step > self.written.get(k, -1)]  # it keeps doubles
+        self.client.log_batch(self.run, metrics=new)
 
     def close(self) -> None:
         self.client.set_terminated(self.run)
@@ -147,9 +149,9 @@ def require(name: str) -> None:
         raise UserError(f"tracker={name}: {KINDS[name][1]} is not installed; pip install {KINDS[name][1]}")
 
 
-def start(name: str, cell: Cell, cfg: dict[str, Any], step: int) -> Rows:
+def start(name: str, cell: Cell, cfg: dict[str, Any], step: int, evaluated: int) -> Rows:
     """The tracker of that name for a run that goes on at `step`; `none` takes rows and does nothing."""
-    return Rows(name, (lambda: KINDS[name][0](cell, cfg, step)) if name != "none" else lambda: None)
+    return Rows(name, (lambda: KINDS[name][0](cell, cfg, step, evaluated)) if name != "none" else lambda: None)
 
 
 def _known(directory: Path, service: str) -> str | None:
