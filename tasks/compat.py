@@ -63,6 +63,8 @@ def mmseg_config(name: str) -> Path:
     if spec is None:
         mmseg()  # says what to install
     found = {path.stem: path for path in Path(spec.origin).parent.glob(".mim/configs/[!_]*/*.py")}  # type: ignore
+    if not found:
+        raise _unusable("mmsegmentation", "mmseg's packaged configs (.mim)")
     if name not in found:
         near = difflib.get_close_matches(name, found, n=1, cutoff=0)
         raise UserError(f"task.model={name}: mmsegmentation has no such config; the nearest is {', '.join(near)}")
