@@ -180,7 +180,7 @@ def test_a_lock_of_a_killed_process_is_taken_over_at_once(tmp_path):
 @pytest.mark.slow
 def test_a_clock_budget_killed_twice_ends_on_time(tmp_path):
     """6 seconds of training, whatever happens in between, with the rate at the schedule's end."""
-    words = ("budget.amount=0.1min", f"out={tmp_path}", "checkpoint.minutes=0.01", "task.eval_every=100%")
+    words = ("budget.amount=0.1min", f"out={tmp_path}", "checkpoint.minutes=0.01")
     metrics = tmp_path / "imagenet_tiny" / "linear" / "0.1min" / "s0" / "metrics.jsonl"
     for after in (10, 30):
         process = _started(words, metrics, after)
@@ -198,7 +198,7 @@ def test_a_clock_budget_killed_twice_ends_on_time(tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_train_what_one_process_trains(tmp_path):
-    words = ("task=imagenet_tiny", "budget.amount=4it", "task.eval_every=100%")
+    words = ("task=imagenet_tiny", "budget.amount=4it")
     run(*words, f"out={tmp_path / 'one'}")
     torchrun = [str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node=2", "--master_port=29571"]
     done = subprocess.run(
