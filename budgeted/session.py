@@ -22,7 +22,7 @@ import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -130,6 +130,7 @@ class Session:
             mininterval=0.5 if os.isatty(2) else 10,
             dynamic_ncols=True,
             leave=False,
+            delay=0.1,  # nothing is shown yet: see _advance_bar
         )
         self._last_save = self._mark = time.perf_counter()
         self._write_state("running")
@@ -480,7 +481,8 @@ class Session:
         self._release_signals()
         let_workers_end()
         if hasattr(self, "_bar"):
-            self._bar.close()
+            with suppress(OSError):
+                self._bar.close()
         if hasattr(self, "journal"):
             self.journal.close()
         if hasattr(self, "tracker"):
