@@ -5,7 +5,7 @@ PIP ?= $(VENV)/bin/pip
 RUN = $(VENV)/bin/python run.py
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup detectron2 run test test-quick lint bench gpu clean
+.PHONY: setup detectron2 run test test-quick lint bench gpu ray clean
 
 run: setup  ## train the smoke sweep (what is done already is left out) and write its report
 	$(RUN) -m sweep=smoke
@@ -42,3 +42,6 @@ gpu: setup  ## CIFAR-10 at the full recipe on a GPU: step and linear, 1%, 5%, 10
 	$(RUN) -m task=cifar10 schedule=step,linear budget=1%,5%,10% 'seed=range(3)' precision=fp32,bf16 device=cuda \
 	  data.root=$(DATA) out=runs/gpu
 	$(RUN) mode=report out=runs/gpu
+
+ray: setup  ## what hydra/launcher=ray needs besides
+	$(PIP) install -q --no-deps -r requirements-ray.txt

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+import shutil
 import sys
 import time
 from collections import Counter
@@ -18,6 +19,7 @@ from budgeted.recipe import Recipe
 from tasks import cli, devices, submission
 
 log = logging.getLogger("budgeted")
+TRIES = 3  # without a cell done in between
 
 
 def run(words: Sequence[str], launcher: Any, batch: int | None) -> int:
@@ -31,6 +33,8 @@ def run(words: Sequence[str], launcher: Any, batch: int | None) -> int:
             return _show(mode, recipes)
         for recipe in recipes:
             trackers.require(recipe.cfg["tracker"])
+        if _kind(launcher) == "slurm" and not shutil.which("srun"):
+            raise UserError("hydra/launcher=slurm: there is no srun here; submit from a login node of the cluster")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -91,13 +95,14 @@ def _launch(jobs: Sequence[tuple[str, ...]], recipes: Sequence[Recipe], launcher
     if kind == "slurm":
         log.info("logs: %s; watch it: python run.py mode=status watch=5 out=%s", folder, shlex.quote(str(out)))
     size = batch or (devices.cells_at_once(recipes[0].cfg["device"]) if kind == "local" else len(jobs))
-    todo = list(range(len(jobs)))
-    while todo:
+    todo, tries = list(range(len(jobs))), TRIES
+    while todo and tries:
         whole = all([_launched(todo[k : k + size], jobs, recipes, launcher) for k in range(0, len(todo), size)])
         left = [k for k in todo if recipes[k].cell.state in ("missing", "partial")]
         # One killed worker of joblib's takes the others with it; SLURM's jobs may have been cancelled on purpose.
-        if whole or kind != "joblib" or len(left) == len(todo):
+        if whole or kind != "joblib":
             return
+        tries = TRIES if len(left) < len(todo) else tries - 1
         todo = left
 
 

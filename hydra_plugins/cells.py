@@ -8,6 +8,7 @@ from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from tasks import devices
@@ -21,6 +22,12 @@ class CellsSweeperConf:
 
 
 ConfigStore.instance().store(group="hydra/sweeper", name="cells", node=CellsSweeperConf, provider="budgeted")
+INSTALL = {
+    "slurm": "pip install hydra-submitit-launcher",
+    "submitit_local": "pip install hydra-submitit-launcher",
+    "joblib": "pip install hydra-joblib-launcher",
+    "ray": "pip install --no-deps -r requirements-ray.txt",
+}
 # What the launcher presets ask for.
 OmegaConf.register_new_resolver("cells_at_once", devices.cells_at_once, replace=True)
 OmegaConf.register_new_resolver("at_least_one", lambda n: n or 1, replace=True)
@@ -33,7 +40,13 @@ class CellsSweeper(BasicSweeper):
         from tasks import submission
 
         submission.begin()
-        super().setup(**context)
+        try:
+            super().setup(**context)
+        except (RuntimeError, ImportError, HydraException) as error:
+            name = context["config"].hydra.runtime.choices["hydra/launcher"]
+            how = INSTALL.get(name, "see docs/cluster.md")
+            print(f"error: hydra/launcher={name}: {str(error).splitlines()[0]}; {how}", file=sys.stderr)
+            sys.exit(2)
 
     def sweep(self, arguments: list[str]) -> Any:
         from benchmarks import sweep

@@ -12,6 +12,7 @@ from typing import Any
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import create_config_search_path
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, ValueType
 from hydra.core.plugins import Plugins
@@ -284,6 +285,9 @@ def _composed(overrides: tuple[str, ...]) -> Config:
 @functools.cache
 def _loader() -> ConfigLoaderImpl:
     Plugins.instance()  # registers the sweeper and the launchers that config.yaml names
+    launchers = ConfigStore.instance().repo["hydra"]["launcher"]
+    for name in options("hydra/launcher"):  # Hydra warns of a preset that has the name of a plugin's own
+        launchers.pop(f"{name}.yaml", None)
     return ConfigLoaderImpl(create_config_search_path(str(CONF)))
 
 

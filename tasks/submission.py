@@ -28,9 +28,11 @@ MOST_NAMED = 5
 
 
 def begin() -> None:
-    """Give this process's sweep a name, before Hydra composes the launcher that uses it."""
+    """Give this process's sweep a name, before Hydra composes the launcher that uses it, and its jobs a way to it."""
     os.environ[SWEEP] = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     os.environ[HOME] = str(code.HOME)
+    path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(code.HOME), *filter(None, path)]))
 
 
 def leave() -> None:

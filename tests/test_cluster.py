@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from slurm.cluster import Cluster, Unavailable, install
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ("imagenet_tiny", "kinetics_tiny", "coco_tiny", "cityscapes_tiny")
 # submitit takes every USR2 for a time-out where the limit is at most ten minutes.
@@ -197,6 +197,12 @@ def noted(folder: Path) -> dict[str, list[list[int]]]:
         batches = [json.loads(line) for line in path.read_text().splitlines()]
         steps[path.stem] = [a + b for a, b in zip(steps.get(path.stem, [[]] * len(batches)), batches, strict=True)]
     return {name: [sorted(step) for step in found] for name, found in steps.items()}
+
+
+def test_the_smoke_sweep_completes(run, tmp_path):
+    words = ("-m", "sweep=smoke", "budget=10%", "device=cpu", f"out={tmp_path}", *SLURM)  # 100% takes minutes
+    assert "8 of 8 cells done" in said(run(*words))
+    assert "nothing to launch" in said(run(*words))
 
 
 # What a process draws within the model, it draws for its own samples: detectron2 which anchors and proposals count,
