@@ -12,10 +12,10 @@ run: setup  ## train the smoke sweep (what is done already is left out) and writ
 	$(RUN) mode=report
 
 test: setup lint  ## all that a 2-core machine without a GPU can run
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-quick: setup lint
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -49,6 +49,9 @@ def command() -> int:
             raise
         say(error)
         return 2
+    except KeyboardInterrupt:  # ahead of a run's first step, or the second within one
+        print("interrupted; the same command goes on from what is saved", file=sys.stderr, flush=True)
+        os._exit(130)  # at once: Python's own end waits five seconds for each data worker that hangs
     return 0
 
 

@@ -22,7 +22,7 @@ import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,7 @@ class Session:
         self._clock = 0.0  # progress of a clock budget, as of the last step
         self._grad_norm: float | None = None
         self._saved_step: int | None = None
+        self._final: tuple[str, dict[str, Any] | None] | None = None  # what was evaluated last: its digest, its tensors
         self._loss = self._applied_lr = math.nan
         self._evals = recipe.period(cfg["task"]["eval_every"], total)
         self._saves = recipe.period(cfg["checkpoint"]["every"], total)
@@ -233,10 +234,9 @@ class Session:
             return
         start, step = time.perf_counter(), self.step - 1
         self._check_losses()
-        weights = self._evaluation_weights() if self._evaluation_weights else nullcontext()
-        with preserved(), weights:
-            seed_all(self.seed, EVALUATION, step, self.rank)
+        with self._evaluated_weights(step):
             values = self._evaluate_model()
+            self._final = self._final_weights() if self.finished else None
         for name, value in values.items():
             value = float(value)
             entry = self.metrics.setdefault(name, {"final": value, "best": value, "best_step": step})
@@ -248,6 +248,21 @@ class Session:
         log.info("%s step %d: %s", self.cell.name, step, ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
         self.eval_seconds += time.perf_counter() - start
         self._mark = time.perf_counter()
+
+    @contextmanager
+    def _evaluated_weights(self, step: int) -> Iterator[None]:
+        """The model as it is evaluated after `step`, under randomness of its own."""
+        weights = self._evaluation_weights() if self._evaluation_weights else nullcontext()
+        with preserved(), weights:
+            seed_all(self.seed, EVALUATION, step, self.rank)
+            yield
+
+    def _final_weights(self) -> tuple[str, dict[str, Any] | None]:
+        """Their sha256, and a copy where they are not the ones trained."""
+        digest = checkpoint.tensors_sha256(_tensors(self.model))
+        if self._evaluation_weights is None or not self.world.is_main:
+            return digest, None
+        return digest, {k: v.clone() for k, v in self.model.state_dict().items()}
 
     def _tick(self) -> None:
         """Add the time since the last step to the clock; what the first step took longer is set-up, not training."""
@@ -460,15 +475,13 @@ class Session:
         metric, rule = self.cfg["task"]["metric"], self.cfg["task"]["rule"]
         if not math.isfinite(self.metrics[metric][rule]):
             raise NonFinite(f"the {rule} {metric} is {self.metrics[metric][rule]}: there is nothing to report")
-        weights = self._evaluation_weights() if self._evaluation_weights else nullcontext()
-        with preserved(), weights:
-            seed_all(self.seed, EVALUATION, self.step - 1, self.rank)
-            digest = checkpoint.tensors_sha256(_tensors(self.model))
-            if self._evaluation_weights and self.world.is_main:
-                evaluated = {k: v.clone() for k, v in self.model.state_dict().items()}
+        if self._final is None:  # evaluated before the run was killed
+            with self._evaluated_weights(self.step - 1):
+                self._final = self._final_weights()
+        digest, evaluated = self._final
         result: dict[str, Any] = {}
         if self.world.is_main:
-            if self._evaluation_weights:
+            if evaluated is not None:
                 checkpoint.save(self.cell.checkpoint, {**self._content(), "evaluated": evaluated})
             result = self._result(digest)
             self.cell.write_result(result)

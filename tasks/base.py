@@ -294,22 +294,34 @@ def decay_groups(model: nn.Module, norm_decay: float | None) -> list[dict[str, A
     ]
 
 
-def load_weights(model: nn.Module, path: str) -> None:
-    """Load a file of tensors (a state dict, or a checkpoint that holds one under `model` or `state_dict`).
+def read_weights(source: str, where: str | None = None, hint: str = "give a path, or none") -> Any:
+    """The state dict in the file or at the address `where` (`source` itself, if None), out of its checkpoint.
 
-    Raises UserError when it is absent, is not such a file, or does not fit the model.
+    Raises UserError when it cannot be had or is no file of tensors, saying what task.weights=`source` could be.
     """
-    if not Path(path).is_file():
-        raise UserError(f"task.weights={path}: no such file; give a path, none, or a name the task knows")
+    where = where or source
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # hostile or foreign bytes: torch raises many kinds
-        raise UserError(f"task.weights={path}: not a file of tensors ({type(error).__name__})") from error
-    state = content
-    for inner in ("evaluated", "model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(inner), dict):
-            state = content[inner]
-            break
+        if "://" in where:
+            content = torch.hub.load_state_dict_from_url(where, map_location="cpu", weights_only=True, progress=False)
+        else:
+            content = torch.load(Path(where).expanduser(), map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"task.weights={source}: no such file; {hint}") from None
+    except Exception as error:  # foreign bytes, networks and disks fail in many ways
+        reason = f"{type(error).__name__}: {' '.join(str(getattr(error, 'reason', error)).split())[:100]}"
+        if "://" in where:
+            fix = "fetch it elsewhere and give task.weights=PATH, or none"
+            raise UserError(f"task.weights={source}: cannot be fetched from {where} ({reason}); {fix}") from error
+        raise UserError(f"task.weights={source}: not a file of tensors ({reason})") from error
+    for inner in ("evaluated", "model", "model_state", "state_dict"):
+        if isinstance(content, dict) and inner in content:
+            return content[inner]
+    return content
+
+
+def load_weights(model: nn.Module, path: str) -> None:
+    """Load a file of tensors that fits `model` exactly. Raises UserError."""
+    state = read_weights(path)
     refuse_misfit(model, state, path)
     model.load_state_dict(state)
 

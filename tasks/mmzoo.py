@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from budgeted.errors import UserError
@@ -70,26 +69,9 @@ def load_weights(model: nn.Module, weights: str) -> None:
     """
     if weights == "none":
         return
-    state = _read(weights)
+    scheme, _, name = weights.rpartition("://")
+    state = base.read_weights(weights, get_external_models().get(name) if scheme == "open-mmlab" else None)
     if not any(key.startswith("backbone.") for key in state):
         model, state = model.backbone, {key: value for key, value in state.items() if not key.startswith("fc.")}
     base.refuse_misfit(model, state, weights)
     model.load_state_dict(state)
-
-
-def _read(weights: str) -> dict[str, torch.Tensor]:
-    scheme, _, name = weights.rpartition("://")
-    source = get_external_models().get(name, weights) if scheme == "open-mmlab" else weights
-    fetch = torch.hub.load_state_dict_from_url if scheme else torch.load
-    try:
-        content = fetch(source, map_location="cpu", weights_only=True)
-    except OSError as error:
-        why = f"cannot be fetched from {source}" if scheme else "cannot be read"
-        hint = f"{'fetch it elsewhere and ' if scheme else ''}give task.weights=PATH, or none"
-        raise UserError(f"task.weights={weights}: {why} ({getattr(error, 'reason', error)}); {hint}") from None
-    except Exception as error:  # foreign bytes: torch raises many kinds
-        raise UserError(f"task.weights={weights}: not a file of tensors ({type(error).__name__})") from error
-    for inner in ("evaluated", "model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(inner), dict):
-            return content[inner]
-    return content

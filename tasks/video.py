@@ -10,14 +10,13 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from budgeted.errors import UserError, nearest
 from tasks import layouts
-from tasks.base import Config, DataSummary, Native, refuse_misfit, upstream
+from tasks.base import Config, DataSummary, Native, read_weights, refuse_misfit, upstream
 from tasks.clips import Clips, TestViews, TrainView
 
 log = logging.getLogger("budgeted")
@@ -129,8 +128,8 @@ def load_weights(model: nn.Module, source: str) -> None:
 
     A classifier of another number of classes keeps its random start; all else must fit. Raises UserError.
     """
-    state, own = read_weights(source), model.state_dict()
-    state = next((state[k] for k in ("evaluated", "model", "model_state", "state_dict") if k in state), state)
+    own = model.state_dict()
+    state = read_weights(source, _address(source), "give a path, torchvision://resnet50 or none")
     if isinstance(state, dict):
         state = inflate(state, own) if "layer1.0.conv1.weight" in state else dict(state)
         head = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
@@ -139,25 +138,6 @@ def load_weights(model: nn.Module, source: str) -> None:
     refuse_misfit(model, state, source)
     model.load_state_dict(state)
     log.info("weights of %s%s", source, f"; {', '.join(fresh)} start at random" if fresh else "")
-
-
-def read_weights(source: str) -> dict[str, Any]:
-    """The dict in a file or at an address, read with weights_only=True. Raises UserError."""
-    where = _address(source)
-    try:
-        if "://" in where:
-            state = torch.hub.load_state_dict_from_url(where, map_location="cpu", weights_only=True, progress=False)
-        else:
-            state = torch.load(where, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"task.weights={source}: no such file; give a path, torchvision://resnet50 or none") from None
-    except Exception as error:  # foreign bytes and networks fail in many ways
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
-        if "://" in where:
-            fix = "fetch it elsewhere and give task.weights=PATH, or start from scratch with task.weights=none"
-            raise UserError(f"task.weights={source}: {where} cannot be fetched ({reason}); {fix}") from error
-        raise UserError(f"task.weights={source}: not a file of tensors ({reason})") from error
-    return state if isinstance(state, dict) else {"state_dict": state}
 
 
 def _address(source: str) -> str:

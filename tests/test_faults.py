@@ -26,6 +26,7 @@ from budgeted import checkpoint
 from budgeted.budgets import Epoch
 from budgeted.cells import Cell
 from budgeted.data import Batches, Loader, loader
+from budgeted.errors import UserError
 from budgeted.session import Interrupted, NonFinite, Session
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,7 +59,7 @@ def test_killed_twice_and_resumed_with_other_workers_is_the_same_run(options, ta
 
 @pytest.mark.slow
 def test_schedule_free_is_the_same_run_too(options):
-    (line,) = faults.killed(options(2, "imagenet_tiny", words=("optimizer=schedule_free",)))
+    (line,) = faults.killed(options(1, "imagenet_tiny", words=("optimizer=schedule_free",)))
     assert "none differs" in line
 
 
@@ -526,6 +527,41 @@ def test_checkpoints_are_kept_where_there_are_no_hard_links(tmp_path, monkeypatc
 # -- signals and what is left behind --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "numbers", [(signal.SIGINT, signal.SIGINT), (signal.SIGKILL,)], ids=["SIGINT twice", "SIGKILL"]
+)
+def test_data_workers_end_with_their_run_even_while_they_hang(engine, tmp_path, numbers):
+    def hang():
+        from tasks import classification
+
+        original = classification.Folder.__getitem__
+
+        def read(self, index):
+            if torch.utils.data.get_worker_info() and (tmp_path / "now").exists():
+                time.sleep(1000)
+            return original(self, index)
+
+        classification.Folder.__getitem__ = read
+
+    out, log = tmp_path / "runs", tmp_path / "log"
+    words = ("budget.amount=500it", "checkpoint.every=5it", "data.workers=2", f"out={out}")
+    process = faults.start(words, log, hang)
+    assert faults.at_line(process, out, 8)
+    (tmp_path / "now").touch()
+    time.sleep(1)  # both hang by now
+    assert len(faults.members(process.pid)) == 3
+    for number in numbers:
+        faults.kill(process, number)
+        time.sleep(0.05)
+    process.join(10)
+    assert process.exitcode == (130 if numbers[0] == signal.SIGINT else -signal.SIGKILL)
+    faults.last_one_gone(process.pid, limit=1)
+    assert "Traceback" not in log.read_text(), log.read_text()
+    if numbers[0] == signal.SIGINT:
+        assert json_of(directory(out) / "state.json")["state"] == "partial"
+
+
 def test_workers_start_with_signals_held():
     """Between its birth and its first line of Python a worker must not die of a signal to the group."""
     sent = []
@@ -584,6 +620,29 @@ def test_weights_are_not_executed(engine, tmp_path, task, form):
     assert f"task.weights={tmp_path / form}" in log.read_text().strip().splitlines()[-1]
     assert "Traceback" not in log.read_text()
     assert not (tmp_path / "ran").exists() and not (tmp_path / "ran too").exists()
+
+
+@pytest.mark.slow
+def test_nothing_in_a_runs_directory_is_executed(engine, tmp_path):
+    """A checkpoint, a config and a log that would make a folder, seen by status, report, replay and the run itself."""
+    out, ran, log = tmp_path / "runs", tmp_path / "ran", tmp_path / "log"
+    words = (*SHORT, f"out={out}")
+    process = faults.start(words, log)
+    assert faults.at_line(process, out, 6)
+    faults.kill(process)
+    found = directory(out)
+    torch.save({"schema": 1, "digest": "", "step": Evil(ran)}, found / "checkpoint.pt")
+    evil = f'!!python/object/apply:os.mkdir ["{ran}"]'
+    target = f'{{_target_: os.mkdir, path: "{ran}"}}'
+    for config in (f"task: {evil}\n", f"task: {target}\noptimizer: {target}\n", f"task: ${{oc.decode:'{evil}'}}\n"):
+        (found / "config.yaml").write_text(config)
+        for mode in ("status", "report"):
+            faults.to_the_end((f"mode={mode}", f"out={out}"), log)
+        replay = ("schedule=replay", f"schedule.run={found}", "budget.amount=4it", f"out={tmp_path / 'other'}")
+        with pytest.raises(UserError, match="config.yaml"):
+            faults.start(replay, log)
+    faults.to_the_end(words, log)  # by the checkpoint before
+    assert "checkpoint.pt is broken" in log.read_text() and not ran.exists()
 
 
 def test_nothing_of_ours_instantiates_from_a_configuration():

@@ -1,6 +1,6 @@
 """What each framework's optimizer really had in its parameter groups at each update, against the formula.
 
-FULL_TRACES=1 runs every schedule at T = 100 in all four frameworks (minutes); without it a few of them.
+FULL=1 runs every schedule at T = 100 in all four frameworks (minutes); without it a few of them.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def test_imagenet_short(schedule, total, tmp_path, monkeypatch):
 @pytest.mark.parametrize("total", [1, 7, 100])
 @pytest.mark.parametrize("task", METRIC)
 def test_every_framework(task, total, tmp_path, monkeypatch):
-    every = os.environ.get("FULL_TRACES") == "1" or total == 1
+    every = os.environ.get("FULL") == "1" or total == 1
     for schedule in SCHEDULES if every or (total == 7 and task != "coco_tiny") else FEW:
         with monkeypatch.context() as patch:
             trace(task, schedule, total, tmp_path, patch)
