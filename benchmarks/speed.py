@@ -2,13 +2,17 @@
 
 scheduler    microseconds per step that BudgetedLR costs beyond torch's LambdaLR
 checkpoint   share of a run's time that checkpoints every 5% take
-data         seconds per epoch of the position-addressed loader over a plain DataLoader's
+data         seconds for a task's samples from the position-addressed loader over a plain DataLoader's
 <adapter>    seconds per iteration through the adapter over the upstream trainer's own
+
+Words name rows: `python -m benchmarks.speed adapter "checkpoint, coco"`. key=value goes to the recipes of `data`:
+`python -m benchmarks.speed "data, coco" data.root=/data/coco`.
 """
 
 from __future__ import annotations
 
 import importlib
+import itertools
 import statistics
 import sys
 import tempfile
@@ -20,11 +24,11 @@ from typing import Any
 import torch
 
 from budgeted import BudgetedLR, make
-from budgeted.budgets import Epoch
 from budgeted.data import Batches, loader
 from budgeted.session import device_name
 
 REPEATS = 15
+SAMPLES = {"imagenet_tiny": 1024, "kinetics_tiny": 80, "coco_tiny": 120, "cityscapes_tiny": 80}  # about a second each
 
 
 def interleaved(ours: Callable[[], Any], theirs: Callable[[], Any], repeats: int = REPEATS) -> Sequence[float]:
@@ -63,40 +67,28 @@ def scheduler(groups: int = 1, steps: int = 5000) -> dict[str, float]:
     return {"ours_us": 1e6 * a / steps, "lambda_us": 1e6 * b / steps, "ratio": ratio}
 
 
-class _Noise(torch.utils.data.Dataset):
-    """Decoded images to be cropped and flipped: the work of a small data set."""
+def data_order(task: str, samples: int, words: Sequence[str] = ()) -> dict[str, float]:
+    """Seconds for `samples` of a task's own dataset, in the main process: ours, and torch's shuffling loader."""
+    from tasks import base, cli
 
-    torch_only = True
-
-    def __init__(self, n: int) -> None:
-        from torchvision.transforms import v2
-
-        self.images = torch.randint(0, 255, (n, 3, 64, 64), dtype=torch.uint8)
-        self.transform = v2.Compose(
-            [v2.RandomResizedCrop(56, antialias=True), v2.RandomHorizontalFlip(), v2.ToDtype(torch.float32, scale=True)]
-        )
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return self.transform(self.images[index])
-
-
-def data_order(n: int = 1024, batch: int = 32) -> dict[str, float]:
-    """Seconds per epoch of the position-addressed loader and of torch's own shuffling one, in the main process."""
-    dataset = _Noise(n)
-    epoch = Epoch(n, batch)
-    ours = lambda: sum(1 for _ in loader(dataset, 0, Batches(epoch, 0, n // batch)))  # noqa: E731
-    plain = torch.utils.data.DataLoader(dataset, batch, shuffle=True, drop_last=True)
-    theirs = lambda: sum(1 for _ in plain)  # noqa: E731
+    recipe = cli.recipe((f"task={task}", "data.workers=0", *words))
+    cli.embedded_data(recipe.cfg)
+    adapter: Any = base._adapter(recipe.cfg)(recipe.cfg, recipe.data, torch.device("cpu"))
+    dataset = adapter.train_images if task.startswith("coco") else adapter.train_dataset()
+    batch = recipe.cfg["task"]["batch_size"]
+    count = samples // batch
+    sources = (
+        loader(dataset, 0, Batches(recipe.epoch, 0, count), collate_fn=list),
+        torch.utils.data.DataLoader(dataset, batch, shuffle=True, collate_fn=list),
+    )
+    ours, theirs = (lambda s=s: sum(1 for _ in itertools.islice(iter(s), count)) for s in sources)
     a, b, ratio = interleaved(ours, theirs)
-    return {"ours_s": a, "plain_s": b, "ratio": ratio}
+    return {"ours_s": a, "torchs_s": b, "ratio": ratio}
 
 
 def checkpoints(task: str = "imagenet_tiny") -> dict[str, float]:
     """Seconds that twenty checkpoints (every 5%) take of the full run of `task`, as a share of its training time."""
-    from budgeted import checkpoint, session
+    from budgeted import session
 
     spent: list[float] = []
     original = session.Session.save
@@ -111,7 +103,6 @@ def checkpoints(task: str = "imagenet_tiny") -> dict[str, float]:
         result, size = _train(task, "100%")
     finally:
         session.Session.save = original  # type: ignore[method-assign]
-    assert checkpoint.SCHEMA
     return {"saves": len(spent), "mb": size / 1e6, "share": sum(spent) / (result["train_seconds"] + sum(spent))}
 
 
@@ -126,13 +117,14 @@ def _train(task: str, budget: str) -> tuple[dict[str, Any], int]:
         return result, recipe.cell.checkpoint.stat().st_size
 
 
-def main(names: list[str]) -> None:
+def main(arguments: Sequence[str]) -> None:
+    names, words = [a for a in arguments if "=" not in a], [a for a in arguments if "=" in a]
     torch.set_num_threads(1)
     print(f"{device_name(torch.device('cpu'))}; torch {torch.__version__}; medians of {REPEATS} interleaved repeats")
     measures: dict[str, Callable[[], dict[str, float]]] = {
         "scheduler": scheduler,
         "scheduler, 10 groups": lambda: scheduler(groups=10, steps=2000),
-        "data": data_order,
+        **{f"data, {t}": lambda t=t, n=n: data_order(t, n, words) for t, n in SAMPLES.items()},  # type: ignore[misc]
         **{f"checkpoint, {t}": lambda t=t: checkpoints(t) for t in _tiny_tasks()},  # type: ignore[misc]
         **adapters(),
     }

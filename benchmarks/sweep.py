@@ -41,6 +41,7 @@ def run(words: Sequence[str], launcher: Any, batch: int | None) -> int:
     states = _states(recipes)
     counts = Counter(states)
     log.info("%d cells: %s", len(jobs), ", ".join(f"{n} {s}" for s, n in sorted(counts.items())))
+    _warn_of_other_roots([recipe for recipe, state in zip(recipes, states, strict=True) if state == "done"])
     todo = [k for k, state in enumerate(states) if state not in ("done", "running", "queued")]
     if not todo:
         log.info("nothing to launch")
@@ -59,6 +60,14 @@ def _states(recipes: Sequence[Recipe]) -> list[str]:
         "queued" if state not in ("done", "running") and r.cell.name in waiting else state
         for state, r in zip(states, recipes, strict=True)
     ]
+
+
+def _warn_of_other_roots(done: Sequence[Recipe]) -> None:
+    roots = Counter(filter(None, (recipe.other_root() for recipe in done)))
+    for root, count in roots.most_common(3):
+        log.warning(
+            "%d of the done cells had their data in %s; if those are other data, give another out=", count, root
+        )
 
 
 def _refuse_twins(jobs: Sequence[tuple[str, ...]], recipes: Sequence[Recipe]) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from budgeted.budgets import Epoch
-from budgeted.randomness import SAMPLES, permutation, preserved, seed_cpu, seed_torch
+from budgeted.randomness import SAMPLES, key_in, permutation, preserved, seed_cpu, seed_torch, stream
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -32,7 +32,7 @@ class Positioned(Dataset):
     def __init__(self, dataset: Any, seed: int) -> None:
         self.dataset, self.seed, self.n = dataset, seed, len(dataset)
         self.torch_only = bool(getattr(dataset, "torch_only", False))
-        self._seed = seed_torch if self.torch_only else seed_cpu
+        self._seed, self._stream = seed_torch if self.torch_only else seed_cpu, stream(seed, SAMPLES)
         self._orders: dict[int, Any] = {}
 
     def __getitems__(self, positions: list[int]) -> list[Any]:
@@ -45,7 +45,7 @@ class Positioned(Dataset):
     def __getitem__(self, position: int) -> Any:
         epoch, offset = divmod(position, self.n)
         index = int(self._order(epoch)[offset])
-        self._seed(self.seed, SAMPLES, position)
+        self._seed(key_in(self._stream, position))
         return self.dataset[index]
 
     def _order(self, epoch: int) -> Any:

@@ -58,6 +58,11 @@ class Recipe:
         """How many periods of `amount` are over after a number of steps, or at a progress: see `periods`."""
         return periods(amount, total, self.epoch)
 
+    def other_root(self) -> str | None:
+        """Where the data of this cell's result were, if not here. Paths are no part of a cell: it counts as done."""
+        theirs = ((self.cell.result() or {}).get("data") or {}).get("root")
+        return theirs if theirs and theirs != str(self.data.root.resolve()) else None
+
 
 def resolve(cfg: Config, named: Config, data: DataSummary, gpus: int = 1) -> Recipe:
     """The recipe that `cfg` describes. `named`: what the same task, schedule and budget are with nothing else said.

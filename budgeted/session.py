@@ -535,6 +535,7 @@ class Session:
             "resumed": self.resumed,
             "data": {
                 "name": data.name,
+                "root": str(data.root.resolve()),
                 "n_train": data.n_train,
                 "n_val": data.n_val,
                 "missing": len(data.missing),

@@ -63,6 +63,8 @@ def train(recipe: Recipe) -> dict[str, Any] | None:
         done = world.agree(cell.result())
         if done:
             log.info("%s is done already", cell.name)
+            if theirs := recipe.other_root():
+                log.warning("its data were in %s; where those are other data than these, give another out=", theirs)
             return done
         with _held(cell, world), _logged(cell, world):
             return _run(recipe, world, device)

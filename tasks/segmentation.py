@@ -63,7 +63,7 @@ class Segmentation:
         `compile` compiles the backbone, where the time goes; the heads take lists and dicts apart in Python.
         """
         self.session = session
-        self.dataset = streets(self.data, "train", self.upstream, self.cfg["data"]["subset"])
+        self.dataset = self.train_dataset()
         with quiet():
             self.runner = _Runner(self.upstream, session, self.device)
             Runner._init_model_weights(self.runner)
@@ -76,6 +76,10 @@ class Segmentation:
         self.optimizer = self.runner.optim_wrapper.optimizer
         averages = self.evaluation_weights if self.averaged else None
         session.attach(self.model, self.optimizer, self.evaluate, averages)
+
+    def train_dataset(self) -> Any:
+        """Upstream's dataset over the training images."""
+        return streets(self.data, "train", self.upstream, self.cfg["data"]["subset"])
 
     def train(self, session: Session) -> None:
         """Upstream's Runner and loop, from session.step until session.finished."""

@@ -183,3 +183,18 @@ def test_two_ranks_train_what_one_process_trains(task, tmp_path):
     assert [x["lr"] for x in one if "lr" in x] == [x["lr"] for x in two if "lr" in x]
     assert one[0]["loss"] == pytest.approx(two[0]["loss"], rel=1e-5)
     assert one[-1]["eval"]["top1"] == pytest.approx(two[-1]["eval"]["top1"], abs=1e-4)
+
+
+def test_a_cell_that_is_done_with_data_elsewhere_says_so(tmp_path):
+    """As many samples of as many classes are one recipe, wherever they lie."""
+    run("mode=check")
+    other = tmp_path / "photos"
+    shutil.copytree(ROOT / "data" / "imagenet_tiny", other)
+    words = ("budget.amount=1it", f"out={tmp_path / 'runs'}")
+    run(*words)
+    here = ROOT / "data" / "imagenet_tiny"
+    said = run(*words, f"data.root={other}")
+    assert "is done already" in said and f"its data were in {here}" in said
+    said = run("-m", *words, f"data.root={other}")
+    assert "1 done" in said and f"1 of the done cells had their data in {here}" in said
+    assert "had their data" not in run("-m", *words)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from budgeted.randomness import key, permutation, preserved, seed_all, seed_cpu, seed_torch
+from budgeted.randomness import key, key_in, permutation, preserved, seed_all, seed_cpu, seed_torch, stream
 
 
 def draws():
@@ -65,19 +65,23 @@ def test_orders_do_not_touch_any_generator():
 
 @pytest.mark.parametrize("seed", [seed_all, seed_cpu])
 def test_seeding_decides_what_all_three_draw(seed):
-    seed(1, 2, 3)
+    seed(key(1, 2, 3))
     first = draws()
-    seed(1, 2, 3)
+    seed(key(1, 2, 3))
     assert draws() == first
-    seed(1, 2, 4)
+    seed(key(1, 2, 4))
     assert all(a != b for a, b in zip(draws(), first, strict=True))
+
+
+def test_a_streams_keys_are_those_of_all_its_numbers():
+    assert [key_in(stream(3, 1), k) for k in range(5)] == [key(3, 1, k) for k in range(5)]
 
 
 def test_torch_alone_can_be_seeded():
     seed_all(1)
     random_next, numpy_next, _ = draws()
     seed_all(1)
-    seed_torch(9)
+    seed_torch(key(9))
     a, b, c = draws()
     torch.manual_seed(key(9))
     assert (a, b, c) == (random_next, numpy_next, float(torch.rand(1)))
