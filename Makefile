@@ -1,21 +1,22 @@
 # make run, make test: each from a fresh clone, with Python 3.11, pip and a package registry.
 PYTHON ?= python3
 VENV ?= .venv
-PIP ?= $(VENV)/bin/pip
-RUN = $(VENV)/bin/python run.py
+PY ?= $(VENV)/bin/python
+PIP = $(PY) -m pip
+RUN = $(PY) run.py
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup detectron2 run test test-quick lint bench gpu ray clean
+.PHONY: setup detectron2 run test test-quick lint bench gpu ray
 
 run: setup  ## train the smoke sweep (what is done already is left out) and write its report
 	$(RUN) -m sweep=smoke
 	$(RUN) mode=report
 
 test: setup lint  ## all that a 2-core machine without a GPU can run
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-quick: setup lint
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 lint: setup
 	$(VENV)/bin/ruff check .
@@ -23,7 +24,7 @@ lint: setup
 	$(VENV)/bin/mypy
 
 bench: setup  ## overheads: the scheduler, the adapters, checkpoints
-	$(VENV)/bin/python -m benchmarks.speed
+	$(PY) -m benchmarks.speed
 
 setup: $(VENV)/.installed
 
@@ -35,7 +36,7 @@ $(VENV)/.installed: requirements.txt requirements-detectron2.txt
 
 detectron2:
 	$(PIP) install -q --no-deps --only-binary=:all: --python-version 3.10 --implementation cp --upgrade \
-	  --target "$$($(dir $(PIP))python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+	  --target "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
 	  --require-hashes -r requirements-detectron2.txt
 
 gpu: setup  ## CIFAR-10 at the full recipe on a GPU: step and linear, 1%, 5%, 10%, three seeds, fp32 and bf16

@@ -21,7 +21,7 @@ from tasks import base
 def steps(recipe: Recipe) -> tuple[Callable[[], None], Callable[[], None]]:
     """Two functions that each make one update: the adapter's and a plain loop's, on equal models and data."""
     device = torch.device("cpu")
-    adapter: Any = base._adapter(recipe.cfg)(recipe.cfg, recipe.data, device)
+    adapter: Any = base.adapter_of(recipe.cfg)(recipe.cfg, recipe.data, device)
     session = Session(recipe, recipe.total, World(), device)
     adapter.build(session)
     batches = session.loader(adapter.dataset)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from budgeted.files import read_json
 from budgeted.recipe import Recipe
@@ -14,22 +14,24 @@ MOST_ROWS = 60
 
 
 def price(recipes: Sequence[Recipe]) -> list[dict[str, Any]]:
-    """One row per cell: name, state, iterations, epochs, seconds (None where nothing was measured), bytes on disk."""
+    """One row per cell: name, state, iterations, epochs, bytes on disk, and seconds of one device; None: not known."""
     speeds = _speeds(recipes[0].cell.out) if recipes else {}
     rows = []
     for r in recipes:
         given = r.cfg["plan"]["samples_per_second"]
-        measured, size = speeds.get((r.cell.task, r.cfg["task"]["model"], r.cfg["precision"]), (None, None))
-        rate = given or measured
+        found = speeds.get((r.cell.task, r.cfg["task"]["model"], r.cfg["precision"], r.cell.departs), Speed())
+        rate = given or found.rate
         samples = None if r.total is None else r.epoch.seen(r.total)
+        counted = r.data.root.is_dir() or r.cfg["task"].get("samples") or r.cfg["task"]["full"].endswith("ep")
         rows.append(
             {
                 "cell": r.cell.name,
                 "state": r.cell.state,
                 "iterations": r.total,
-                "epochs": None if r.total is None else float(r.total / r.epoch.iterations),
+                "epochs": float(r.total / r.epoch.iterations) if r.total is not None and counted else None,
                 "seconds": r.seconds if r.seconds else samples / rate if samples is not None and rate else None,
-                "bytes": size,
+                "bytes": found.bytes,
+                "device": "" if given or r.seconds else found.device,
                 "data": _data(r),
             }
         )
@@ -49,7 +51,7 @@ def show(recipes: Sequence[Recipe]) -> None:
         ("state", "left"),
         ("iterations", "right"),
         ("epochs", "right"),
-        ("hours", "right"),
+        ("device-hours", "right"),
         ("data", "left"),
     ):
         table.add_column(name, justify=justify, no_wrap=name == "cell")  # type: ignore[arg-type]
@@ -81,7 +83,9 @@ def _total(rows: list[dict[str, Any]]) -> str:
     iterations = sum(r["iterations"] or 0 for r in left)
     line = f"{len(rows) - len(left)} done, {len(left)} to run: {iterations:,} iterations"
     if priced:
-        line += f", {sum(priced) / 3600:.2f} hours of training"
+        devices = sorted({r["device"] for r in left if r["device"]})
+        line += f", {sum(priced) / 3600:.2f} device-hours of training"
+        line += f" (at the pace of {', '.join(devices)})" if devices else ""
     if len(priced) < len(left):
         unpriced = len(left) - len(priced)
         line += f"; {unpriced} not priced: no throughput known (mode=probe or plan.samples_per_second= gives it)"
@@ -89,19 +93,40 @@ def _total(rows: list[dict[str, Any]]) -> str:
     return line + (f"; about {sum(sizes) / 1e9:.2f} GB on disk" if sizes else "")
 
 
-def _speeds(out: Path) -> dict[tuple[str, str, str], tuple[float, int]]:
-    """(task, model, precision) to the median samples/s and bytes of the runs and probes that are there."""
-    found: dict[tuple[str, str, str], list[tuple[float, int]]] = {}
+class Speed(NamedTuple):
+    """Samples per second of one device, bytes of a run's directory, and which device; None: not measured."""
+
+    rate: float | None = None
+    bytes: int | None = None
+    device: str = ""
+
+
+def _speeds(out: Path) -> dict[tuple[str, str, str, bool], Speed]:
+    """(task, model, precision, is the recipe altered?) to the medians of the runs and probes that are there."""
+    found: dict[tuple[str, str, str, bool], list[Speed]] = {}
     for path in [*out.glob("*/*/*/*/result.json"), *out.glob("probe/*.json")]:
         result = read_json(path) or {}
-        speed = result.get("samples_per_second")
-        if isinstance(speed, int | float) and speed > 0:
-            key = (str(result.get("task")), str(result.get("model")), str(result.get("precision")))
-            size = (
-                sum(f.stat().st_size for f in path.parent.iterdir() if f.is_file()) if path.name == "result.json" else 0
-            )
-            found.setdefault(key, []).append((float(speed), size))
-    return {k: (statistics.median(s for s, _ in v), int(statistics.median(b for _, b in v))) for k, v in found.items()}
+        rate, size = result.get("samples_per_second"), result.get("checkpoint_bytes")
+        if not isinstance(rate, int | float) or rate <= 0:
+            continue
+        ours = path.name == "result.json"
+        altered = "-" in path.parent.name if ours else bool(result.get("altered"))
+        if ours:
+            size = sum(f.stat().st_size for f in path.parent.iterdir() if f.is_file())
+        key = (str(result.get("task")), str(result.get("model")), str(result.get("precision")), altered)
+        world = result.get("world_size")
+        per_device = rate / world if isinstance(world, int) and world > 0 else float(rate)
+        found.setdefault(key, []).append(Speed(per_device, size, str(result.get("device"))))
+    return {key: _median(speeds) for key, speeds in found.items()}
+
+
+def _median(speeds: Sequence[Speed]) -> Speed:
+    sizes = [s.bytes for s in speeds if s.bytes]
+    return Speed(
+        statistics.median(s.rate for s in speeds if s.rate),
+        int(statistics.median(sizes)) if sizes else None,
+        ", ".join(sorted({s.device for s in speeds})),
+    )
 
 
 def _or_clock(iterations: int | None) -> str:

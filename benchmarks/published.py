@@ -41,6 +41,8 @@ RECIPES = {
     ),
 }
 
+OTHER_CURVE = {(REX, "exp")}  # e^{-3p}, where schedule=exp is .97^(300 p) at its defaults (FOLLOWUPS.md)
+
 
 @lru_cache(maxsize=1)
 def _table() -> dict[tuple[str, ...], Published]:
@@ -65,7 +67,7 @@ def published(task: str, model: str, optimizer: str, schedule: str, budget: str,
 def beside(task: str, optimizer: str, schedule: str, budget: str, metric: str) -> Published | None:
     """What may stand beside an unaltered run of our task: only numbers of the recipe that the task reproduces."""
     recipe = RECIPES.get(task)
-    if recipe is None:
+    if recipe is None or (recipe.source, schedule) in OTHER_CURVE:
         return None
     found = published(recipe.task, recipe.model, optimizer, schedule, budget, metric)
     return found if found and found.source.startswith(recipe.source) else None

@@ -73,7 +73,7 @@ def data_order(task: str, samples: int, words: Sequence[str] = ()) -> dict[str, 
 
     recipe = cli.recipe((f"task={task}", "data.workers=0", *words))
     cli.embedded_data(recipe.cfg)
-    adapter: Any = base._adapter(recipe.cfg)(recipe.cfg, recipe.data, torch.device("cpu"))
+    adapter: Any = base.adapter_of(recipe.cfg)(recipe.cfg, recipe.data, torch.device("cpu"))
     dataset = adapter.train_images if task.startswith("coco") else adapter.train_dataset()
     batch = recipe.cfg["task"]["batch_size"]
     count = samples // batch

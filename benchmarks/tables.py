@@ -492,7 +492,7 @@ def _departures(leaves: dict[str, str], task: str, schedule: str) -> tuple[list[
     return own, tuple(others)
 
 
-AFFECTING = ("task.", "schedule.", "optimizer.", "precision", "hold", "on_nonfinite", "data.subset")
+AFFECTING = ("task.", "schedule.", "optimizer.", "precision", "hold", "on_nonfinite", "micro_batch", "data.subset")
 FOREMOST = ("data.subset", "optimizer.name", "task.model")
 QUIET = ("task.samples", "task.val_samples", "task.classes")  # what the data should be, not what it was
 

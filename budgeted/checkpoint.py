@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import warnings
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -84,6 +85,7 @@ def _keep(path: Path) -> None:
         os.replace(path, previous(path))
     else:
         os.replace(spare, previous(path))
+        spare.unlink(missing_ok=True)  # still there where the two were one file already: rename(2) then does nothing
 
 
 def previous(path: Path) -> Path:
@@ -93,7 +95,9 @@ def previous(path: Path) -> Path:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # torch warns of hostile bytes ahead of its error
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, dict) or content.get("schema") != SCHEMA:
             raise BrokenCheckpoint("not a checkpoint of this version")
         if content.pop("digest", None) != _digest(content):

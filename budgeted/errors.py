@@ -7,7 +7,12 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Something the user asked for cannot be done: one line, exit code 2, nothing written."""
+    """Something the user asked for cannot be done: one line, exit code 2, nothing written.
+
+    `in_run`: a run found it, in a file say. Then that run has failed like any other, and the exit code is 1.
+    """
+
+    in_run = False
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

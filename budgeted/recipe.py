@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import hashlib
 import os
 import re
 from collections.abc import Callable
@@ -90,12 +92,15 @@ def resolve(cfg: Config, named: Config, data: DataSummary, gpus: int = 1) -> Rec
         departs=_other_data(named["task"], data) or _unnamed(fields) != _unnamed(_affecting(named, data)),
         out=Path(cfg["out"]),
     )
+    total = None if needs_model else budget.iterations(full, epoch)
+    if cfg["schedule"]["name"] == "replay" and total != (steps := schedules.steps_of(cfg["schedule"]["run"])):
+        raise UserError(f"schedule=replay: {cfg['schedule']['run']} made {steps} steps; budget.amount={steps}it")
     return Recipe(
         cfg=cfg,
         data=data,
         epoch=epoch,
         full=full,
-        total=None if needs_model else budget.iterations(full, epoch),
+        total=total,
         seconds=budget.seconds(gpus) if budget.is_clock else None,
         schedule=build_schedule(cfg, full, epoch),
         cell=cell,
@@ -142,23 +147,50 @@ def _epochs(budget: Budget, epoch: Epoch) -> Fraction:
 
 def _affecting(cfg: Config, data: DataSummary) -> Config:
     """All that affects the result and nothing else: no paths, launchers, loggers or worker counts."""
-    quiet = {"samples", "val_samples", "classes"}  # what the data should be; what it is stands under "data"
+    batch, quiet = (
+        cfg["task"]["batch_size"],
+        {"samples", "val_samples", "classes"},
+    )  # what the data should be; what it is stands under "data"
     task = {k: v for k, v in cfg["task"].items() if k not in quiet}
-    if os.path.sep in str(task["weights"]) and "://" not in str(task["weights"]):
-        task["weights"] = f"file:{os.path.basename(task['weights'])}"
-    optimizer = dict(cfg["optimizer"])
+    if task["weights"] != "none" and "://" not in task["weights"]:
+        task["weights"] = _of_file(task["weights"])
+    schedule, optimizer = dict(cfg["schedule"]), dict(cfg["optimizer"])
+    if schedule.get("run"):
+        schedule["run"] = _of_file(os.path.join(schedule["run"], "metrics.jsonl"))
     optimizer["lr"] = task["lr"] if optimizer.get("lr") is None else optimizer["lr"]
     return {
         "task": task,
-        "schedule": cfg["schedule"],
+        "schedule": schedule,
         "budget": cfg["budget"]["amount"],
         "optimizer": optimizer,
         "seed": cfg["seed"],
         "precision": cfg["precision"],
         "hold": cfg["hold"],
         "on_nonfinite": cfg["on_nonfinite"],
-        "data": {"subset": cfg["data"]["subset"], "train": data.n_train, "classes": len(data.classes)},
+        # Batch norm sees a piece at a time.
+        "micro_batch": cfg["micro_batch"] if (cfg["micro_batch"] or batch) < batch else None,
+        "data": {
+            "subset": cfg["data"]["subset"],
+            "train": data.n_train,
+            "val": data.n_val,
+            "classes": len(data.classes),
+        },
     }
+
+
+def _of_file(path: str) -> str:
+    """What stands for a file in a recipe: its content, wherever it lies and whatever it is called."""
+    try:
+        found = os.stat(path := os.path.expanduser(path))
+        return f"sha256:{_digest(path, found.st_size, found.st_mtime_ns)}"
+    except OSError:
+        return f"file:{os.path.basename(path)}"
+
+
+@functools.lru_cache(maxsize=256)
+def _digest(path: str, size: int, mtime: int) -> str:
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()[:16]
 
 
 def _unnamed(fields: Config) -> Config:
@@ -167,8 +199,9 @@ def _unnamed(fields: Config) -> Config:
 
 
 def _other_data(task: Config, data: DataSummary) -> bool:
-    """Is this other data than the recipe is for? (`task.samples` and `task.classes`, where they are fixed.)"""
-    nominal = ((task.get("samples"), data.n_train), (task.get("classes"), len(data.classes)))
+    """Is this other data than the recipe is for? (`task.samples` and the like, where they are fixed.)"""
+    found = {"samples": data.n_train, "val_samples": data.n_val, "classes": len(data.classes)}
+    nominal = ((task.get(key), count) for key, count in found.items())
     return any(wanted is not None and wanted != found for wanted, found in nominal)
 
 
@@ -193,6 +226,20 @@ def _one_of(*choices: Any) -> Rule:
     return lambda v: v in choices and isinstance(v, bool) == (v in (True, False)), "one of " + ", ".join(
         map(str, choices)
     )
+
+
+def _pair(low: float, high: float, whole: bool, rising: bool, words: str) -> Rule:
+    def ok(v: Any) -> bool:
+        kinds = (int,) if whole else (int, float)
+        if not (isinstance(v, list) and len(v) == 2 and all(type(x) in kinds and low <= x <= high for x in v)):
+            return False
+        return v[0] <= v[1] or not rising
+
+    return ok, words
+
+
+def _either(*rules: Rule) -> Rule:
+    return lambda v: any(ok(v) for ok, _ in rules), " or ".join(words for _, words in rules)
 
 
 def _amount(v: Any) -> bool:
@@ -229,7 +276,7 @@ FRACTIONS: Rule = (
 )
 RULES: dict[str, Rule] = {
     "out": WORD,
-    "seed": _whole(0),
+    "seed": (lambda v: type(v) is int and 0 <= v < 10**9, "a whole number from 0 to 999999999"),
     "device": _one_of("auto", "cpu", "cuda"),
     "precision": _one_of("fp32", "bf16"),
     "compile": FLAG,
@@ -262,6 +309,26 @@ RULES: dict[str, Rule] = {
     "task.metric": WORD,
     "task.rule": _one_of("best", "final"),
     "task.eval_every": PERIOD,
+    "task.crop_scale": _pair(1e-9, 1, False, True, "two rising shares in (0, 1]"),
+    "task.scale": _pair(1, 10**5, True, False, "two whole numbers of pixels"),
+    "task.crop": _either(_whole(1), _pair(1, 10**5, True, False, "two of them, [height, width]")),
+    "task.test_crop": _whole(1),
+    "task.frames": _whole(1),
+    "task.stride": _whole(1),
+    "task.clips": _whole(1),
+    "task.crops": _whole(1),
+    "task.flip": _number(0, 1 + 1e-9, "a number in [0, 1]"),
+    "task.dropout": _number(0, 1),
+    "task.norm_decay": _number(0),
+    "task.precise_bn": _whole(0),
+    "task.val_batch_size": _whole(1, optional=True),
+    "optimizer.lr": (lambda v: v is None or (_number(0)[0](v) and v > 0), "a positive number or null"),
+    "optimizer.weight_decay": (lambda v: v is None or _number(0)[0](v), "a number of at least 0 or null"),
+    "optimizer.momentum": _number(0, 1),
+    "optimizer.alpha": _number(0, 1),
+    "optimizer.betas": _pair(0, 1 - 1e-12, False, False, "two numbers in [0, 1)"),
+    "optimizer.eps": _number(0),
+    "optimizer.nesterov": FLAG,
     "data.workers": _whole(0),
     "data.subset": _whole(1, optional=True),
 }
@@ -280,10 +347,8 @@ def validate(cfg: Config) -> None:
         raise UserError(f"task.metric={task['metric']}: {task['name']} is judged by {' or '.join(metrics)}")
     if cfg["task"]["full"].endswith(("min", "h", "%", "flop")):
         raise UserError(f"task.full={cfg['task']['full']}: the full run is in ep, it or im")
-    optimizer = cfg["optimizer"]
-    for key in ("lr", "weight_decay"):
-        if optimizer.get(key) is not None and not _number(0)[0](optimizer[key]):
-            raise UserError(f"optimizer.{key}={optimizer[key]}: must be a number of at least 0")
+    if cfg["optimizer"].get("nesterov") and not cfg["optimizer"]["momentum"]:
+        raise UserError("optimizer.momentum=0: Nesterov's needs one; set optimizer.nesterov=false")
     Budget(cfg["budget"]["amount"])
 
 
@@ -306,7 +371,7 @@ def known_key(key: str, cfg: Config) -> None:
     node: Any = cfg
     for part in key.split("."):
         node = node.get(part, _ABSENT) if isinstance(node, dict) else _ABSENT
-    if node is not _ABSENT or key.startswith("task.options."):
+    if node is not _ABSENT or (key.startswith("task.options.") and "options" in cfg["task"]):
         return
     known = flatten(cfg)
     sections = {".".join(k.split(".")[:n]) for k in known for n in range(1, k.count(".") + 1)}

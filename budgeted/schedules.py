@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from budgeted.errors import UserError, nearest
+from budgeted.files import read_json
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ def replay(run: str = "") -> Schedule:
     Warm-up and hold are in the recorded rates already, so neither is applied on top of it.
     """
     if [row.get("step") for row in _rows(run)] != list(range(len(_rows(run)))):
-        raise UserError(f"schedule.run={run}: its metrics.jsonl lacks steps; train that run with log_every=1")
+        raise UserError(f"schedule.run={run}: it logged too few steps; train it anew with log_every=1 and another out=")
     base = _base_rate(run)
     made = table([rate / base for rate in _column(run, "lr")], "replay", hold=True)
     if "momentum" not in _rows(run)[0]:
@@ -306,6 +307,8 @@ def _rows(run: str) -> list[dict[str, Any]]:
     path = Path(run) / "metrics.jsonl"
     if not run or not path.is_file():
         raise UserError(f"schedule.run={run or 'null'}: no metrics.jsonl there; give the directory of an earlier run")
+    if (read_json(path.with_name("result.json")) or {}).get("status") != "done":
+        raise UserError(f"schedule.run={run}: that run is not done; let it end first")
     try:
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         rows = [row for row in rows if "eval" not in row and isinstance(row, dict)]
@@ -316,11 +319,16 @@ def _rows(run: str) -> list[dict[str, Any]]:
     return rows
 
 
+def steps_of(run: str) -> int:
+    """How many steps an earlier run logged. Raises UserError."""
+    return len(_rows(run))
+
+
 def _column(run: str, key: str) -> list[float]:
     try:
         return [float(row[key]) for row in _rows(run)]
     except (KeyError, TypeError, ValueError):
-        extra = "; train that run with grad_norm=true" if key == "grad_norm" else ""
+        extra = "; train it anew with grad_norm=true and another out=" if key == "grad_norm" else ""
         raise UserError(f"schedule.run={run}: its metrics.jsonl has no {key} at some step{extra}") from None
 
 
@@ -332,7 +340,10 @@ def _base_rate(run: str) -> float:
     try:
         cfg = yaml.safe_load((Path(run) / "config.yaml").read_text())
         own = cfg["optimizer"]["lr"]
-        return float(cfg["task"]["lr"] if own is None else own)
+        rate = float(cfg["task"]["lr"] if own is None else own)
+        if rate > 0:
+            return rate
+        raise ValueError(rate)
     except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError):
         raise UserError(f"schedule.run={run}: its config.yaml does not say the base learning rate") from None
 

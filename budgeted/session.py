@@ -65,9 +65,7 @@ class Session:
 
     def __init__(self, recipe: Recipe, total: int | None, world: World, device: torch.device) -> None:
         cfg = recipe.cfg
-        least = min(len(recipe.epoch.positions(k)) for k in (0, int(recipe.epoch.iterations) - 1))
-        if least < world.size:  # a rank without a sample would leave the others waiting for its gradients
-            raise UserError(f"{world.size} processes cannot share a batch of {least}: fewer of them, or a larger batch")
+        _refuse_odd_shares(recipe, world)
         self.recipe, self.cfg, self.cell = recipe, cfg, recipe.cell
         self.world, self.rank, self.world_size, self.device = world, world.rank, world.size, device
         self.seed = cfg["seed"]
@@ -296,7 +294,7 @@ class Session:
 
     def _look_at_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        order = 1.0 if self.cfg["optimizer"]["name"].startswith("adam") else 2.0
+        order = 1.0 if self.cfg["optimizer"]["name"] in ("adam", "adamw", "amsgrad") else 2.0
         norm = float(nn.utils.get_total_norm([p.grad for p in parameters], order))
         self._grad_norm = norm
         if self.cfg["on_nonfinite"] == "skip" and not math.isfinite(norm):
@@ -528,7 +526,7 @@ class Session:
             "data_wait_seconds": self.wait_seconds,
             "compile_seconds": self.compile_seconds,
             "samples_per_second": self.samples / self.elapsed if self.elapsed else None,
-            "peak_memory_bytes": _peak_memory(self.device),
+            "peak_memory_bytes": peak_memory(self.device),
             "device": device_name(self.device),
             "precision": self.cfg["precision"],
             "world_size": self.world_size,
@@ -546,6 +544,24 @@ class Session:
             "started": self.started,
             "finished": now(),
         }
+
+
+def _refuse_odd_shares(recipe: Recipe, world: World) -> None:
+    """Raise UserError for a batch that ranks would put through the model in different numbers of pieces.
+
+    A rank with one more (or none) would wait for the others in batch norm or in the gradients' sum.
+    """
+    micro = recipe.cfg["micro_batch"]
+    for k in (0, int(recipe.epoch.iterations) - 1):  # the last of an epoch may be smaller
+        size = len(recipe.epoch.positions(k))
+        if size < world.size:
+            raise UserError(f"{world.size} processes cannot share a batch of {size}: fewer of them, or a larger batch")
+        shares = {-(-size // world.size), size // world.size}
+        if micro and len({-(-share // micro) for share in shares}) > 1:
+            raise UserError(
+                f"micro_batch={micro}: {world.size} processes would share a batch of {size} in unequal numbers of "
+                f"pieces; micro_batch={max(shares)} or another number of processes"
+            )
 
 
 _COUNTERS = ("elapsed", "eval_seconds", "wait_seconds", "compile_seconds", "samples", "resumed", "skipped")
@@ -573,7 +589,8 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     return ((k, v) for k, v in model.state_dict().items() if isinstance(v, torch.Tensor))
 
 
-def _peak_memory(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU's allocator, or what the process had resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

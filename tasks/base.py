@@ -56,6 +56,8 @@ def train(recipe: Recipe) -> dict[str, Any] | None:
     """
     cell, world = recipe.cell, World.from_environment()
     device = pick_device(recipe.cfg["device"], world)
+    if cell.budget.endswith("gpuh") and device.type != "cuda":
+        raise UserError(f"budget.amount={cell.budget}: there is no GPU here to count hours of; write min or h")
     world.join(device)
     if not world.is_main:
         log.setLevel(logging.ERROR)
@@ -82,7 +84,7 @@ def _run(recipe: Recipe, world: World, device: torch.device) -> dict[str, Any]:
         if other := submission.check(cfg["code"], cell.out):
             log.warning("%s", other)
         _write_config(recipe, world)
-        adapter = _adapter(cfg)(cfg, recipe.data, device)
+        adapter = adapter_of(cfg)(cfg, recipe.data, device)
         session = Session(recipe, _horizon(recipe, adapter), world, device)
         adapter.build(session)
         if not session.finished:
@@ -92,6 +94,8 @@ def _run(recipe: Recipe, world: World, device: torch.device) -> dict[str, Any]:
         _say_stopped(cell, stop, session)
         raise
     except BaseException as error:
+        if isinstance(error, UserError):
+            error.in_run = True
         _record_failure(cell, world, session, error)
         raise
     finally:
@@ -151,7 +155,7 @@ def one_line(error: BaseException) -> str:
     return first if isinstance(error, UserError) else f"{type(error).__name__}: {first}"
 
 
-def _adapter(cfg: Config) -> Callable[..., Adapter]:
+def adapter_of(cfg: Config) -> Callable[..., Adapter]:
     module, name = ADAPTERS[cfg["task"]["adapter"]].split(":")
     return getattr(importlib.import_module(module), name)
 

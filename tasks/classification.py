@@ -206,7 +206,8 @@ def build_model(name: str, classes: int, weights: str = "none") -> nn.Module:
     known = models.list_models(module=models)
     if name not in known:
         raise UserError(f"task.model={name}: no such classification model; {nearest(name, [*known, *SMALL])}")
-    model = models.get_model(name, num_classes=classes)
+    plain = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    model = models.get_model(name, num_classes=classes, **plain)  # the loop takes one output
     if _is_enum(name, weights):
         try:
             state = models.get_model_weights(name)[weights].get_state_dict(progress=False, check_hash=True)
@@ -214,7 +215,7 @@ def build_model(name: str, classes: int, weights: str = "none") -> nn.Module:
             url = models.get_model_weights(name)[weights].url
             raise UserError(f"task.weights={weights}: cannot be fetched from {url} ({error}); give a path") from None
         own = model.state_dict()
-        fitting = {k: v for k, v in state.items() if own[k].shape == v.shape}
+        fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
         model.load_state_dict(fitting, strict=False)
     return model
 

@@ -50,6 +50,9 @@ def check_arguments(arguments: Sequence[str]) -> None:
     """Raise UserError, in one line, for what is wrong with a command line."""
     if any(a.split("=")[0] in HYDRA_FLAGS for a in arguments):
         return
+    unknown = [a for a in arguments if a.startswith("-") and a not in ("-m", "--multirun")]
+    if unknown:
+        raise UserError(f"{unknown[0]}: no such option; -m for a sweep, --help, and key=value for all else")
     multirun = any(a in ("-m", "--multirun") for a in arguments)
     overrides = parse(a for a in arguments if not a.startswith("-"))
     for override in overrides:
@@ -205,12 +208,19 @@ def _recipe(cfg: Config, choices: Mapping[str, str]) -> Recipe:
 
 
 def _check_model(cfg: Config) -> None:
-    """What can be told of a model's name without importing torch; a package that is absent is named later."""
-    adapter, model = cfg["task"]["adapter"], cfg["task"]["model"]
+    """What can be told of a model and its weights without importing torch; an absent package is named later."""
+    adapter, model, weights = cfg["task"]["adapter"], cfg["task"]["model"], cfg["task"]["weights"]
     if adapter == "detection":
         zoo.check(cfg)
-    elif adapter == "segmentation" and importlib.util.find_spec("mmseg"):
-        compat.mmseg_config(model)
+    elif adapter == "segmentation":
+        if importlib.util.find_spec("mmseg"):
+            compat.mmseg_config(model)
+    elif (known := compat.model_names(adapter)) and model not in known:
+        raise UserError(f"task.model={model}: no such model; {nearest(model, known)}")
+    named = weights == "none" or "://" in weights  # or one of torchvision's enums, such as IMAGENET1K_V1
+    named |= adapter == "classification" and "/" not in weights and not Path(weights).suffix
+    if not named and not Path(weights).expanduser().is_file():
+        raise UserError(f"task.weights={weights}: no such file; give a path, or none")
 
 
 def _nominal(cfg: Config) -> layouts.Data | None:

@@ -70,9 +70,15 @@ def _digest(root: Path, path: Path) -> dict[str, Any]:
     tables = tables_of(root, path)
     return {
         "files": [image["file_name"] for image in tables["images"]],
-        "annotated": len({a["image_id"] for a in tables["annotations"] if not a.get("iscrowd")}),
+        "annotated": len({a["image_id"] for a in tables["annotations"] if not a.get("iscrowd") and _has_shape(a)}),
         "classes": [c["name"] for c in sorted(tables["categories"], key=lambda c: c["id"])],
     }
+
+
+def _has_shape(row: Mapping[str, Any]) -> bool:
+    """Does detectron2 keep this object? It drops one whose polygons all have fewer than three points."""
+    mask = row.get("segmentation")
+    return not (isinstance(mask, list) and mask) or any(len(p) >= 6 and len(p) % 2 == 0 for p in mask)
 
 
 def _faults(tables: Mapping[str, list[Any]]) -> Iterator[tuple[str, str]]:
@@ -111,7 +117,7 @@ def _cached(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]
     stat = path.stat()
     if stat.st_size < 5_000_000:
         return compute()
-    key = hashlib.sha256(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:1".encode()).hexdigest()[:20]
+    key = hashlib.sha256(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:2".encode()).hexdigest()[:20]
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "budgeted" / f"coco-{key}.json"
     with contextlib.suppress(OSError, ValueError):  # absent, or not ours to read
         return json.loads(home.read_text())

@@ -6,6 +6,7 @@ import difflib
 import importlib
 import importlib.util
 import logging
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -69,6 +70,30 @@ def mmseg_config(name: str) -> Path:
         near = difflib.get_close_matches(name, found, n=1, cutoff=0)
         raise UserError(f"task.model={name}: mmsegmentation has no such config; the nearest is {', '.join(near)}")
     return found[name]
+
+
+# The suite's own small models, beside those of the upstreams (tasks/classification.py, tasks/video.py).
+OWN_MODELS = {"classification": ("resnet18_cifar", "resnet20", "resnet_narrow"), "video": ("tiny",)}
+# Where an upstream defines its models: (package, files, what stands before a name).
+_DEFINED = {
+    "classification": ("torchvision", "models/*.py", r"^@register_model\(\)\n(?:(?!def ).*\n)*?def (\w+)\("),
+    "video": ("pytorchvideo", "models/hub/[!u]*.py", r"^def ([a-z]\w*)\("),  # but utils.py
+}
+
+
+def model_names(adapter: str) -> list[str]:
+    """What task.model may name under this adapter, read off the upstream's files: nothing is imported.
+
+    Empty where the upstream is not installed.
+    """
+    package, files, pattern = _DEFINED[adapter]
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        return []
+    sources = (path.read_text(encoding="utf-8") for path in Path(spec.origin).parent.glob(files))
+    found = {name for text in sources for name in re.findall(pattern, text, re.MULTILINE)}
+    kept = {name for name in found if not name.endswith(("_detection", "_base_16"))}  # those do not classify clips
+    return sorted({*kept, *OWN_MODELS[adapter]})
 
 
 class _NoCompiledOps(ModuleType):

@@ -43,7 +43,7 @@ def cores() -> int:
 
 def share_threads(jobs: int) -> None:
     """Let each of so many processes started from here use its share of the cores, or less where that was asked for."""
-    share = max(1, cores() // max(1, jobs))
+    share = max(1, cores() // (jobs if jobs > 0 else cores()))  # joblib's -1 is as many as there are cores
     asked = os.environ.get("OMP_NUM_THREADS", "")
     os.environ["OMP_NUM_THREADS"] = str(min(share, int(asked)) if asked.isdigit() and int(asked) else share)
 
@@ -72,8 +72,11 @@ def claim_gpu(folder: Path | None = None) -> str | None:
 
 def _locked(path: Path) -> IO | None:
     """The file, held; None when another process holds it. Any user may: the machine is shared."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    handle = os.fdopen(descriptor, "r+")
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
+    except PermissionError:  # Linux lets nobody create what is there in /tmp and another's
+        descriptor = os.open(path, os.O_RDONLY)
+    handle = os.fdopen(descriptor)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -71,7 +71,7 @@ def load_weights(model: nn.Module, weights: str) -> None:
         return
     scheme, _, name = weights.rpartition("://")
     state = base.read_weights(weights, get_external_models().get(name) if scheme == "open-mmlab" else None)
-    if not any(key.startswith("backbone.") for key in state):
+    if isinstance(state, dict) and not any(key.startswith("backbone.") for key in state):
         model, state = model.backbone, {key: value for key, value in state.items() if not key.startswith("fc.")}
     base.refuse_misfit(model, state, weights)
     model.load_state_dict(state)

@@ -42,7 +42,7 @@ def train(cfg: Any, choices: Choices) -> float | None:
     except Exception as error:
         log.error("%s failed: %s", recipe.cell.name, base.one_line(error))
         if alone and os.environ.get("HYDRA_FULL_ERROR") != "1":
-            raise SystemExit(2 if isinstance(error, UserError) else 1) from None
+            raise SystemExit(2 if isinstance(error, UserError) and not error.in_run else 1) from None
         base.let_go(error)
         raise
     if result is None:

@@ -199,6 +199,8 @@ def _short_clips(root: Path, options: Mapping[str, Any], log: logging.Logger) ->
         raise wrong(root, "there is no official train.csv and val.csv to make manifests of", "set prepare.short_side")
     lists = {split: layouts.listed_clips(root, split, manifest=False) for split in SPLITS}
     classes = lists["train"][0]
+    if alien := sorted({own[label] for own, listed in lists.values() for _, label in listed} - set(classes)):
+        raise wrong(root, f"val.csv has labels that train.csv has not: {some(alien)}", "both need the same classes")
     faults: dict[str, str] = {}
 
     def cut(clip: str) -> str:

@@ -184,9 +184,29 @@ def streets(data: layouts.Data, split: str, config: Upstream, keep: int | None =
         pipeline=config.train_pipeline if split == "train" else config.test_pipeline,
         test_mode=split == "val",
     )
+    steps = dataset.pipeline.transforms
+    steps.insert(1 + [type(step).__name__ for step in steps].index("LoadAnnotations"), refuse_odd_labels)
     if keep:
         dataset.get_subset_(layouts.subset(len(dataset), keep))
     return dataset
+
+
+KNOWN = np.zeros(2**16, dtype=bool)  # the ids that a label image may hold
+KNOWN[[*range(len(CLASSES)), 255]] = True
+
+
+def refuse_odd_labels(sample: dict) -> dict:
+    """A step of upstream's pipelines, which would stretch a label image of another size and fail at unknown ids.
+
+    Raises UserError with its path.
+    """
+    label, picture, path = sample["gt_seg_map"], sample["ori_shape"], sample["seg_map_path"]
+    if label.shape != tuple(picture):
+        raise UserError(f"{path}: is {label.shape[::-1]}, its picture {picture[::-1]}; mode=prepare writes it again")
+    if not KNOWN[label].all():
+        odd = sorted({int(v) for v in np.unique(label) if not KNOWN[v]})[:5]
+        raise UserError(f"{path}: has unknown ids {odd}, known are 0 to {len(CLASSES) - 1} and 255")
+    return sample
 
 
 @contextmanager

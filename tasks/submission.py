@@ -56,7 +56,7 @@ def record(jobs: Sequence[Sequence[str]], recipes: Sequence[Recipe], launcher: A
         {
             "submitted": now(),
             "host": socket.gethostname(),
-            "user": getpass.getuser(),
+            "user": _user(),
             "command": sys.argv,
             "launcher": type(launcher).__name__,
             "resources": {k: str(v) for k, v in (getattr(launcher, "params", None) or {}).items()},
@@ -89,6 +89,13 @@ def check(option: str, out: Path) -> str | None:
     if found and option == "stop":
         raise UserError(f"{found}; code=warn runs it all the same, and the same sweep command submits this code")
     return found
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return str(os.getuid())
 
 
 def _commit(state: Mapping[str, Any]) -> str:

@@ -69,7 +69,7 @@ def named(words, *more):
         (("budget.amount=10%",), "imagenet_tiny/linear/10%/s0"),
         (("data.workers=2",), "imagenet_tiny/linear/10%/s0"),
         (("log_every=7", "checkpoint.every=1ep", "checkpoint.minutes=1"), "imagenet_tiny/linear/10%/s0"),
-        (("device=cpu", "compile=true", "channels_last=true", "micro_batch=8"), "imagenet_tiny/linear/10%/s0"),
+        (("device=cpu", "compile=true", "channels_last=true", "micro_batch=32"), "imagenet_tiny/linear/10%/s0"),
         (
             (f"task.lr={RATE:e}", "task.batch_size=32", "precision=fp32"),
             "imagenet_tiny/linear/10%/s0",
@@ -86,8 +86,8 @@ def test_what_does_not_affect_the_result_does_not_depart(words, more, name):
 DEPARTURES = [
     ("task.lr=0.2",), ("precision=bf16",), ("data.subset=1000",), ("task.batch_size=64",), ("hold=5",), ("task.model=resnet18",),
     ("task.weight_decay=0",), ("task.full=20ep",), ("task.warmup.fraction=0.1",), ("task.rule=final",), ("optimizer=adam",),
-    ("optimizer.momentum=0.8",), ("optimizer.nesterov=true",), ("task.milestones=[0.5]",), ("+task.options.x=1",), ("on_nonfinite=skip",),
-    ("task.weights=/models/a.pt",),
+    ("optimizer.momentum=0.8",), ("optimizer.nesterov=true",), ("task.milestones=[0.5]",), ("on_nonfinite=skip",),
+    ("task.weights=/models/a.pt",), ("micro_batch=8",),
 ]  # fmt: skip
 
 
@@ -96,6 +96,23 @@ def test_what_affects_the_result_departs(words, more):
     name = named(words, *more)
     assert name.startswith("imagenet_tiny/linear/10%/s0-") and len(name) == len("imagenet_tiny/linear/10%/s0-") + 6
     assert named(words, *more) == name
+
+
+def test_weights_and_earlier_runs_are_known_by_their_content(words, tmp_path):
+    """Every checkpoint is called checkpoint.pt, and a run may be written with a slash behind it."""
+    for name, text in (("a", "1"), ("b", "2"), ("c", "1")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "checkpoint.pt").write_text(text)
+    a, b, c = (named(words, f"task.weights={tmp_path}/{name}/checkpoint.pt", "mode=plan") for name in "abc")
+    assert a == c != b
+    rows = [{"step": t, "lr": 0.05, "grad_norm": 1.0} for t in range(4)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "result.json").write_text('{"status": "done"}')
+    (tmp_path / "config.yaml").write_text("task: {lr: 0.05}\noptimizer: {lr: null}\n")
+    run = ("schedule=replay", "budget.amount=4it")
+    assert named(words, *run, f"schedule.run={tmp_path}") == named(words, *run, f"schedule.run={tmp_path}/")
+    with pytest.raises(UserError, match=r"made 4 steps; budget.amount=4it"):
+        named(words, "schedule=replay", f"schedule.run={tmp_path}")
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,16 @@ def test_round_trip(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c.pt"]
 
 
+def test_a_save_that_was_killed_before_its_last_rename_leaves_nothing_behind_the_next(tmp_path):
+    """Then the newest and the one before are one file, and rename(2) of one name of a file to another does nothing."""
+    path = tmp_path / "c.pt"
+    save(path, content(0))
+    os.link(path, previous(path))
+    save(path, content(1))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c.prev.pt", "c.pt"]
+    assert is_content(load(path), 1) and is_content(load(previous(path)), 0)
+
+
 def test_loads_without_running_code(tmp_path):
     save(tmp_path / "c.pt", content())
     assert torch.load(tmp_path / "c.pt", weights_only=True)["step"] == 0

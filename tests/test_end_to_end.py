@@ -59,10 +59,10 @@ def test_a_sweep_runs_once_and_its_report_shows_it(tmp_path):
 
 @pytest.mark.slow
 def test_a_failing_cell_does_not_stop_the_others(tmp_path):
-    words = ("-m", "task=imagenet_tiny", "task.weights=/nope.pt,none", "budget.amount=1it", f"out={tmp_path}")
+    words = ("-m", "task=imagenet_tiny", "task.lr=1e20,0.05", "budget.amount=3it", f"out={tmp_path}")
     said = run(*words, expect=1)
     assert "1 of 2 cells done" in said
-    assert "failed: task.weights=/nope.pt: no such file" in said
+    assert "failed: NonFinite: the loss of step" in said
     assert [r["status"] for r in results(tmp_path).values()] == ["done"]
     states = [json.loads(p.read_text())["state"] for p in tmp_path.glob("*/*/*/*/state.json")]
     assert sorted(states) == ["done", "failed"]
@@ -76,7 +76,7 @@ def test_an_image_that_does_not_decode_is_named(tmp_path, workers):
     for image in data.glob("train/*/*"):
         image.write_bytes(image.read_bytes()[:100])
     said = run(
-        "budget.amount=1it", f"data.root={data}", f"data.workers={workers}", f"out={tmp_path / 'runs'}", expect=2
+        "budget.amount=1it", f"data.root={data}", f"data.workers={workers}", f"out={tmp_path / 'runs'}", expect=1
     )
     assert f"failed: {data}/train/" in said and "cannot be decoded" in said
     assert "Traceback" not in said

@@ -345,6 +345,27 @@ def test_a_file_that_cannot_be_read_is_named(engine, tmp_path, task, files, work
     assert f"{data}/{files.split('*')[0]}"[:40] in status(tmp_path / "runs")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["of another size", "of an unknown id"])
+def test_a_label_image_that_does_not_go_with_its_picture_is_named(engine, tmp_path, fault):
+    """mmsegmentation would stretch the one and fail at the other without a name."""
+    import shutil
+
+    import numpy as np
+    from PIL import Image
+
+    data = tmp_path / "data"
+    shutil.copytree(ROOT / "data" / "cityscapes_tiny", data)
+    for path in data.glob("gtFine/train/*/*_labelTrainIds.png"):
+        pixels = np.asarray(Image.open(path)).copy()
+        pixels[:] = 25 if "id" in fault else pixels
+        Image.fromarray(pixels if "id" in fault else pixels[::2, ::2].copy()).save(path)
+    line, _ = failed(("task=cityscapes_tiny", *SHORT, f"data.root={data}"), tmp_path / "runs")
+    assert (
+        f"{data}/gtFine/train/" in line and ("unknown ids [25]" if "id" in fault else "its picture (128, 64)") in line
+    )
+
+
 def test_a_metric_that_is_no_number_at_the_end_is_a_failure(toy):
     run = toy(scores=[0.5, float("nan")], task__rule="final")
     with pytest.raises(NonFinite, match="the final top1 is nan"):

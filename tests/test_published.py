@@ -46,3 +46,10 @@ def test_only_the_recipe_that_a_task_reproduces_stands_beside_it():
     assert beside("imagenet", "adam", "linear", "5%", "top1") is None  # REX's ResNet-50, not this recipe
     assert beside("imagenet", "sgd", "linear_ramp", "16ep", "top1") is None  # FFCV's recipe
     assert beside("cifar10", "sgd", "linear", "5%", "top1") is None  # Table 2: not found
+
+
+def test_a_schedule_of_the_same_name_and_another_curve_has_no_number_beside_it():
+    """REX's exp is e^{-3p}; ours is the budgeted paper's .97 per epoch."""
+    assert published("cifar10", "resnet20", "sgd", "exp", "10%", "top1") is not None
+    assert beside("cifar10_resnet20", "sgd", "exp", "10%", "top1") is None
+    assert beside("cifar10_resnet20", "sgd", "linear", "10%", "top1") is not None

@@ -213,7 +213,7 @@ def test_a_wrong_value_is_one_line_that_names_it(key):
     ("words", "said"),
     [
         (("task.size=abc",), "task.size=abc: must be"),
-        (("optimizer.momentum=abc",), "optimizer.momentum=abc: must be a number, like 0.9"),
+        (("optimizer.momentum=abc",), "optimizer.momentum=abc: must be a number in [0, 1)"),
         (("optimizer.nesterov=1",), "optimizer.nesterov=1: must be true or false"),
         (("task.crop_scale=3",), "task.crop_scale=3: must be a list"),
         (("task.crop_scale=true",), "must be a list"),

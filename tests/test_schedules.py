@@ -172,6 +172,7 @@ def test_table_interpolates_or_holds():
 
 def a_run(tmp_path, lines, lr=0.2, own=None):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "result.json").write_text('{"status": "done"}')
     (tmp_path / "config.yaml").write_text(f"task: {{lr: {lr}}}\noptimizer: {{lr: {'null' if own is None else own}}}\n")
     return str(tmp_path)
 
@@ -209,6 +210,14 @@ def test_replay_keeps_the_scale_of_rates_that_never_reached_their_base(tmp_path)
 def test_replay_wants_every_step(tmp_path):
     with pytest.raises(UserError, match="log_every=1"):
         make("replay", run=a_run(tmp_path, [{"step": 0, "lr": 0.2}, {"step": 50, "lr": 0.1}, {"step": 99, "lr": 0.01}]))
+
+
+def test_a_run_that_has_not_ended_is_refused(tmp_path):
+    run = a_run(tmp_path, [{"step": 0, "lr": 0.2, "grad_norm": 1.0}, {"step": 1, "lr": 0.1, "grad_norm": 1.0}])
+    (tmp_path / "result.json").unlink()
+    for name in ("replay", "refined"):
+        with pytest.raises(UserError, match="is not done; let it end first"):
+            make(name, run=run)
 
 
 def test_replay_repeats_momentum_and_adds_no_warmup(tmp_path):
@@ -286,6 +295,7 @@ def test_a_run_that_cannot_be_refined_says_why(tmp_path, lines, said):
 
 
 def test_a_run_whose_log_is_not_json_says_so(tmp_path):
+    a_run(tmp_path, [])
     (tmp_path / "metrics.jsonl").write_text("{" * 100_000)
     with pytest.raises(UserError, match="cannot be read"):
         make("replay", run=str(tmp_path))
