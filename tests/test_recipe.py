@@ -152,7 +152,7 @@ def test_top5_of_five_classes_is_refused():
 
 
 WRONG = {
-    "seed": [-1, 1.5, "a", None, True, [1]],
+    "seed": [-1, 10**9, 1.5, "a", None, True, [1]],
     "device": ["gpu", 0, None],
     "precision": ["fp16", 32, True],
     "compile": ["yes", 1, None],
@@ -187,7 +187,18 @@ WRONG = {
     "task.augment": ["none", 3],
     "data.workers": [-1, 1.5, None],
     "data.subset": [0, -5, 1.5, "a"],
-    "optimizer.lr": [-1, "a", float("nan")],
+    "task.crop_scale": [[0.5], [2, 1], [0, 1], [0.9, 0.1], 0.5, None],
+    "task.scale": [[40], [0, 40], [1.5, 2], 40, None],
+    "task.crop": [0, -1, [64], [-1, 8], [0.5, 8], "a"],
+    "task.frames": [0, -1, 1.5],
+    "task.stride": [0, "a"],
+    "task.clips": [0],
+    "task.flip": [-0.1, 1.1, "a"],
+    "task.dropout": [1, -0.1, "a"],
+    "optimizer.lr": [-1, 0, "a", float("nan")],
+    "optimizer.momentum": [-1, 1, "a"],
+    "optimizer.betas": [[2, 3], [0.9], 0.9, [-0.1, 0.9]],
+    "optimizer.eps": [-1, "a"],
     "optimizer.weight_decay": [-1, "a"],
     "budget.amount": ["abc", 5, None, "", "-3it", "5 %", "0%", ["5%"]],
 }
@@ -215,8 +226,8 @@ def test_a_wrong_value_is_one_line_that_names_it(key):
         (("task.size=abc",), "task.size=abc: must be"),
         (("optimizer.momentum=abc",), "optimizer.momentum=abc: must be a number in [0, 1)"),
         (("optimizer.nesterov=1",), "optimizer.nesterov=1: must be true or false"),
-        (("task.crop_scale=3",), "task.crop_scale=3: must be a list"),
-        (("task.crop_scale=true",), "must be a list"),
+        (("task.crop_scale=3",), "task.crop_scale=3: must be two rising shares in (0, 1]"),
+        (("task.milestones=true",), "must be a list"),
         (("prepare.short_side=[1]",), "prepare.short_side=[1]: must be a number"),
     ],
 )

@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -158,7 +159,8 @@ def test_result_has_the_contracts_keys(toy):
     ) <= set(result)
     assert result["budget"] == {"amount": "8it", "fraction": 0.4, "iterations": 8, "full_iterations": 20}
     assert (result["iterations_done"], result["samples_seen"], result["resumed"]) == (8, 32, 0)
-    assert result["data"] == {"name": "toy", "n_train": 40, "n_val": 8, "missing": 0}
+    root = str(Path("toy").resolve())
+    assert result["data"] == {"name": "toy", "root": root, "n_train": 40, "n_val": 8, "missing": 0}
     assert result["train_seconds"] > 0 and result["peak_memory_bytes"] > 1e6
     assert result["weights_sha256"] == checkpoint.tensors_sha256(run.session.model.state_dict().items())
     assert run.recipe.cell.result() == result and run.recipe.cell.state == "done"
@@ -541,6 +543,13 @@ def test_pieces_of_a_batch_weigh_as_much_as_the_whole(toy):
 
 
 # -- refusals -----------------------------------------------------------------------------------------------
+
+
+def test_ranks_with_different_numbers_of_pieces_are_refused(toy):
+    """One would wait for the other in batch norm: of 4 samples on 3 ranks the first has 2, in pieces of 1."""
+    with pytest.raises(UserError, match="micro_batch=1: 3 processes would share a batch of 4 .* micro_batch=2"):
+        Session(toy(micro_batch=1).recipe, 20, World(rank=0, size=3), torch.device("cpu"))
+    assert Session(toy(micro_batch=2).recipe, 20, World(rank=0, size=3), torch.device("cpu")).world_size == 3
 
 
 def test_more_processes_than_samples_in_a_batch_are_refused(toy):
