@@ -83,6 +83,7 @@ class Session:
         self.started = now()
         self._evaluated_at = -1
         self._owed = False  # an evaluation is due that has not been made
+        self._done = False
         self._pending: list[tuple[int, torch.Tensor | float, float]] = []  # step, loss, learning rate
         self._first_step: float | None = None
         self._clock = 0.0  # progress of a clock budget, as of the last step
@@ -485,6 +486,7 @@ class Session:
             self.cell.write_result(result)
             checkpoint.previous(self.cell.checkpoint).unlink(missing_ok=True)
             self._write_state("done")
+        self._done = True
         return self.world.agree(result)
 
     def close(self) -> None:
@@ -497,7 +499,7 @@ class Session:
         if hasattr(self, "journal"):
             self.journal.close()
         if hasattr(self, "tracker"):
-            self.tracker.close()
+            self.tracker.close(self._done)
 
     def _result(self, digest: str) -> dict[str, Any]:
         task, data, rule = self.cfg["task"], self.recipe.data, self.cfg["task"]["rule"]

@@ -2,7 +2,7 @@
 
     tracker = trackers.start("tensorboard", cell, cfg, step, step)   # goes on with what a requeued run began
     tracker.write({"step": 0, "loss": 1.0, ...})               # a row of metrics.jsonl
-    tracker.close()
+    tracker.close(done=True)
 
 metrics.jsonl stays the record: a tracker that fails is left out with a warning, and the run goes on.
 """
@@ -34,7 +34,8 @@ class Tracker(Protocol):
     def write(self, values: dict[str, float], step: int) -> None:
         """Values by name, such as `train/loss` or `eval/top1`."""
 
-    def close(self) -> None: ...
+    def close(self, done: bool) -> None:
+        """`done`: the run has reached the end of its budget; otherwise it failed, or goes on another time."""
 
 
 class TensorBoard:
@@ -50,7 +51,7 @@ class TensorBoard:
         for name, value in values.items():
             self.writers[name.split("/")[0]].add_scalar(name, value, step)
 
-    def close(self) -> None:
+    def close(self, done: bool) -> None:
         for writer in self.writers.values():
             writer.close()
 
@@ -69,8 +70,8 @@ class WandB:
     def write(self, values: dict[str, float], step: int) -> None:
         self.run.log(values, step=step)  # steps that it has already it leaves as they are: they come out the same
 
-    def close(self) -> None:
-        self.run.finish()
+    def close(self, done: bool) -> None:
+        self.run.finish(exit_code=0 if done else 1)
 
 
 class MLflow:
@@ -100,8 +101,8 @@ class MLflow:
         new = [Metric(k, v, at, step) for k, v in values.items() if step > self.written.get(k, -1)]  # it keeps doubles
         self.client.log_batch(self.run, metrics=new)
 
-    def close(self) -> None:
-        self.client.set_terminated(self.run)
+    def close(self, done: bool) -> None:
+        self.client.set_terminated(self.run, status="FINISHED" if done else "KILLED")
 
 
 KINDS: dict[str, tuple[type[Tracker], str]] = {
@@ -126,9 +127,9 @@ class Rows:
         numbers = {f"{kind}/{k}": v for k, v in finite(values).items() if k != "step" and v is not None}
         self._tried(lambda: self.tracker.write(numbers, row["step"]))
 
-    def close(self) -> None:
+    def close(self, done: bool) -> None:
         if self.tracker is not None:
-            self._tried(self.tracker.close)
+            self._tried(lambda: self.tracker.close(done))
         self.tracker = None
 
     def _tried(self, action: Any) -> Any:
