@@ -41,10 +41,11 @@ class Classification(Native):
 
     def _dataset(self, split: str, transform: Callable) -> Dataset:
         root, keep = Path(self.data.root), self.cfg["data"]["subset"] if split == "train" else None
-        if layouts.is_cifar10(root):
-            images, labels = layouts.cifar10(root)[split]
-            kept = layouts.subset(len(labels), keep)
-            return Arrays(images[kept], labels[kept], transform)
+        if layouts.is_cifar10(root) or layouts.is_packed(root):
+            whole = layouts.cifar10(root)[split] if layouts.is_cifar10(root) else layouts.packed.arrays(root, split)
+            kept = layouts.subset(len(whole[1]), keep)
+            images, labels = (part[kept] for part in whole) if keep else whole
+            return Arrays(images, labels, transform)
         samples = layouts.images(root, split)[1]
         return Folder([samples[k] for k in layouts.subset(len(samples), keep)], transform)
 

@@ -91,6 +91,8 @@ def _within(data: Data, path: str | Path) -> str:
 
 
 def _pictures(data: Data, sample: int, _: int) -> Iterator[tuple[str, str]]:
+    if layouts.is_packed(data.root):  # nothing to decode
+        return
     if layouts.is_cifar10(data.root):
         try:
             parts = layouts.cifar10(data.root)

@@ -1,9 +1,9 @@
 """What a data folder holds, found by listing it: counts and classes, or one line on what is wrong.
 
 Four layouts (ImageNet, COCO, Cityscapes, Kinetics), CIFAR-10 in torchvision's format or as an .npz, and any folder of
-class folders. Everything here runs before torch is imported. A name that a data file gives (a manifest's clip, a
-file_name in COCO's json) is only ever looked up inside data.root. `images`, `streets`, `clips` and `cifar10` list or
-read the samples for the adapters, so that what is counted here is what is trained on.
+class folders, or its packed copy. Everything here runs before torch is imported. A name that a data file gives (a
+manifest's clip, a file_name in COCO's json) is only ever looked up inside data.root. `images`, `streets`, `clips`,
+`cifar10` and `packed` list or read the samples for the adapters, so that what is counted here is what is trained on.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from typing import Any
 
 from budgeted.errors import UserError
 from tasks import cifar10 as cifar
-from tasks import coco_json
+from tasks import coco_json, packed
 from tasks.cifar10 import cifar10, is_cifar10
 from tasks.coco_json import coco_files
 from tasks.folder import SPLITS, Data, names, near, refuse_outside, some, wrong
+from tasks.packed import is_packed
 
 __all__ = ["Data", "check", "cifar10", "clips", "coco_files", "data_root", "images", "inspect"]
-__all__ += ["is_cifar10", "streets", "subset"]
+__all__ += ["is_cifar10", "is_packed", "packed", "streets", "subset"]
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp")
 STREET_CLASSES = (
@@ -114,6 +115,8 @@ def images(root: Path, split: str) -> tuple[tuple[str, ...], list[tuple[str, int
 def _class_folders(name: str, root: Path) -> Data:
     if is_cifar10(root):
         return cifar.summary(name, root)
+    if is_packed(root):
+        return packed.summary(name, root)
     (classes, train), (val_classes, val) = (images(root, split) for split in SPLITS)
     _refuse_odd_splits(root, classes, val_classes, bool(train))
     for one, other, lacking in (

@@ -24,7 +24,7 @@ from PIL import Image
 
 from budgeted.errors import UserError
 from tasks import layouts
-from tasks.decode import LOCAL, clip_fault
+from tasks.decode import LOCAL, UNREADABLE, clip_fault
 from tasks.folder import SPLITS, names, near, some, wrong
 
 
@@ -83,6 +83,8 @@ def _counts(done: Mapping[str, int]) -> str:
 
 
 def _class_folders(root: Path, options: Mapping[str, Any], log: logging.Logger) -> list[str]:
+    if options["pack"]:
+        return _pack(root, log)
     loose = [f for f in names(root / "val") if f.lower().endswith(layouts.IMAGES)]
     if layouts.is_cifar10(root) or not loose:
         return [f"{root}: no loose images in val/: needs no preparation"]
@@ -103,6 +105,46 @@ def _class_folders(root: Path, options: Mapping[str, Any], log: logging.Logger) 
 
     done = _each(place, loose, options["workers"], log)
     return [f"{root}/val/<class>/: {_counts(done)}; the loose images stay and may be removed"]
+
+
+def _pack(root: Path, log: logging.Logger) -> list[str]:
+    """Class folders of small images as arrays in <root>-packed, in the folders' order: see tasks/packed.py."""
+    to, counts = root.parent / f"{root.name}-packed", []
+    if layouts.is_cifar10(root) or layouts.is_packed(root):
+        return [f"{root}: holds arrays already"]
+    if layouts.is_packed(to):
+        return [f"{to}: there already; remove it to have it written anew"]
+    classes = layouts.inspect(
+        {"task": {"name": root.name, "adapter": "classification"}, "data": {"root": root}}
+    ).classes
+    for split in SPLITS:
+        samples = layouts.images(root, split)[1]
+        with Image.open(samples[0][0]) as first:
+            width, height = first.size
+        with atomic(to / f"{split}_images.npy") as beside:
+            shape = (len(samples), height, width, 3)
+            pixels = np.lib.format.open_memmap(beside, mode="w+", dtype=np.uint8, shape=shape)
+            for k, (path, _) in enumerate(samples):
+                pixels[k] = _pixels(path, (width, height))
+                if (k + 1) % 10_000 == 0:
+                    log.info("prepare: %d of %d images of %s/ packed", k + 1, len(samples), split)
+            pixels.flush()
+        with atomic(to / f"{split}_labels.npy") as beside:
+            np.save(beside, np.array([label for _, label in samples], np.int64))
+        counts.append(f"{len(samples)} {split}")
+    _write(to / "classes.txt", [f"{name}\n" for name in classes])  # last: with it the set is whole
+    return [f"{to}: {', '.join(counts)} images of {width} x {height} packed", f"train with data.root={to}"]
+
+
+def _pixels(path: str, size: tuple[int, int]) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            if image.size == size:
+                return np.asarray(image.convert("RGB"))
+            what = f"is {image.size[0]} x {image.size[1]}, the first {size[0]} x {size[1]}: only equal sizes are packed"
+    except UNREADABLE as error:
+        what = f"cannot be decoded ({error}); replace or remove it"
+    raise UserError(f"{path}: {what}")
 
 
 def _wnids(root: Path, path: Path) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ real = pytest.mark.skipif(not SHARED.is_dir(), reason="the real data beside the 
 
 def run(root: Path, adapter: str, **options) -> list[str]:
     cfg = {"task": {"name": "mine", "adapter": adapter}, "data": {"root": str(root)}}
-    cfg["prepare"] = {"labels": None, "short_side": 256, "workers": 2, **options}
+    cfg["prepare"] = {"labels": None, "pack": False, "short_side": 256, "workers": 2, **options}
     return prepare.prepare(cfg, logging.getLogger("budgeted"))
 
 
@@ -116,6 +117,81 @@ def test_class_folders_need_nothing(imagenet):
     for file in (imagenet / "val").iterdir():
         file.unlink()
     assert run(imagenet, "classification") == [f"{imagenet}: no loose images in val/: needs no preparation"]
+
+
+# A packed copy of class folders.
+
+
+@pytest.fixture
+def small(tmp_path):
+    """Two classes of 8x6 pictures."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 3), ("val", 2)):
+        for name in ("cat", "dog"):
+            (tmp_path / "set" / split / name).mkdir(parents=True)
+            for k in range(count):
+                pixels = rng.integers(0, 255, (6, 8, 3), np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "set" / split / name / f"{k}.png")
+    return tmp_path / "set"
+
+
+def test_packed_pixels_are_those_of_the_files(small):
+    packed = small.with_name("set-packed")
+    said = run(small, "classification", pack=True)
+    assert said == [f"{packed}: 6 train, 4 val images of 8 x 6 packed", f"train with data.root={packed}"]
+    assert look(packed, "classification") == replace(look(small, "classification"), root=packed)
+    for split in ("train", "val"):
+        pixels, labels = layouts.packed.arrays(packed, split)
+        for k, (path, label) in enumerate(layouts.images(small, split)[1]):
+            assert (pixels[k] == np.asarray(Image.open(path))).all() and labels[k] == label
+    before = files(packed)
+    assert "there already" in run(small, "classification", pack=True)[0] and files(packed) == before
+
+
+def test_only_whole_pictures_of_one_size_are_packed(small):
+    odd = small / "train/dog/2.png"
+    Image.fromarray(np.zeros((6, 9, 3), np.uint8)).save(odd)
+    with pytest.raises(UserError, match=f"{odd}: is 9 x 6, the first 8 x 6"):
+        run(small, "classification", pack=True)
+    odd.write_bytes(odd.read_bytes()[:40])
+    with pytest.raises(UserError, match=f"{odd}: cannot be decoded"):
+        run(small, "classification", pack=True)
+    assert not layouts.is_packed(small.with_name("set-packed"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "what"),
+    [
+        (lambda root: (root / "val_images.npy").write_bytes(b"x"), "val_images.npy cannot be read"),
+        (lambda root: (root / "val_labels.npy").unlink(), "val_labels.npy cannot be read"),
+        (lambda root: np.save(root / "val_labels.npy", np.array([0, 1, 0])), "its labels (3,)"),
+        (lambda root: np.save(root / "val_labels.npy", np.array([0, 1, 0, 2])), "goes to 2, classes.txt has 2"),
+        (lambda root: np.save(root / "val_images.npy", np.zeros((4, 6, 8, 3))), "float64"),
+        (lambda root: np.save(root / "val_labels.npy", np.array([{}]), allow_pickle=True), "cannot be read"),
+    ],
+)
+def test_a_spoilt_packed_copy_is_one_line(small, spoil, what):
+    run(small, "classification", pack=True)
+    packed = small.with_name("set-packed")
+    spoil(packed)
+    with pytest.raises(UserError) as caught:
+        look(packed, "classification")
+    assert what in str(caught.value) and "prepare.pack=true" in str(caught.value)
+
+
+def test_a_run_on_the_packed_copy_is_the_same_run(tmp_path):
+    from tasks import base, cli
+
+    words = ("budget.amount=4it", "task.eval_every=100%", "device=cpu")
+    data = tmp_path / "imagenet_tiny"
+    tiny.ensure({"task": {"name": "imagenet_tiny"}, "data": {"root": str(data)}})
+    run(data, "classification", pack=True)
+    one, other = (
+        base.train(cli.recipe((*words, f"data.root={root}", f"out={tmp_path / root.name}-runs")))
+        for root in (data, data.with_name("imagenet_tiny-packed"))
+    )
+    assert one["weights_sha256"] == other["weights_sha256"] and one["metrics"] == other["metrics"]
+    assert one["signature"] == other["signature"]
 
 
 # Cityscapes.
