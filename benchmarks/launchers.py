@@ -90,6 +90,9 @@ def _slurm() -> Iterator[dict[str, str]]:
 def main(arguments: Sequence[str]) -> int:
     n = int(next((a.split("=")[1] for a in arguments if a.startswith("n=")), "16"))
     names = [a for a in arguments if "=" not in a] or ["basic", "joblib", "slurm"]
+    if wrong := set(names) - set(PRESETS):
+        print(f"{sorted(wrong)}: no such launcher; known: {', '.join(PRESETS)}", file=sys.stderr)
+        return 2
     lost = 0
     for name in names:
         if name == "slurm":

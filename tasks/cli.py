@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -201,10 +202,22 @@ def _recipe(cfg: Config, choices: Mapping[str, str]) -> Recipe:
         )
     if cfg["mode"] in ("train", "probe"):
         _check_model(cfg)
+        _check_out(cfg["out"])
     data = _nominal(cfg) if cfg["mode"] in ("plan", "status") else None
     if data is None:
         data = _inspect(cfg["task"]["name"], str(cfg["data"]["root"]), cfg["data"]["subset"], cfg["task"]["adapter"])
     return resolve(cfg, named, data)
+
+
+@functools.cache
+def _check_out(out: str) -> None:
+    """Raise UserError where no folder of runs can be made."""
+    path = Path(out).absolute()
+    there = next(p for p in (path, *path.parents) if p.exists())
+    if not there.is_dir():
+        raise UserError(f"out={out}: {there} is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"out={out}: {there} may not be written to")
 
 
 def _check_model(cfg: Config) -> None:

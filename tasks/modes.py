@@ -80,7 +80,7 @@ def status(cfg: Any, choices: Choices) -> None:
     if not cfg.watch:
         console().print(render(rows(out)))
         return
-    with Live(render(rows(out)), refresh_per_second=4) as live:
+    with suppress(KeyboardInterrupt), Live(render(rows(out)), refresh_per_second=4) as live:
         while True:
             time.sleep(cfg.watch)
             live.update(render(rows(out)))

@@ -193,6 +193,8 @@ BAD = [
     ("-m schedule=step,linear task.batch_size=32,5000", "larger than the data set"),
     ("-m mode=report", "one cell at a time"),
     ("-m seed=1 data.workers=0,1", "run twice"),
+    ("out=file/x", "is not a folder"),
+    ("-m out=file seed=0,1", "is not a folder"),
     ("task.model=resnt18", "did you mean 'resnet18'"),
     ("-m task.model=resnet_narrow,resnt18", "did you mean 'resnet18'"),
     ("task=kinetics_tiny task.model=i3d_r5", "did you mean 'i3d_r50'"),
