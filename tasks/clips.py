@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from budgeted.errors import UserError
-
-LOCAL = {"protocol_whitelist": "file"}  # a playlist that calls itself .mp4 reaches no network
+from tasks.decode import LOCAL
 
 
 class Clips(Dataset):
