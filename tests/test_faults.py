@@ -377,6 +377,7 @@ def test_a_failed_cell_of_a_sweep_holds_nothing(toy):
     """Hydra keeps the errors of a sweep's cells: their frames must not keep models, or GPUs fill up."""
     from tasks import base
 
+    before = set(multiprocessing.active_children())
     run = toy(data__workers=1)
     run.before = lambda session: 1 / 0
     try:
@@ -384,12 +385,13 @@ def test_a_failed_cell_of_a_sweep_holds_nothing(toy):
     except ZeroDivisionError as error:
         kept = error
     model = weakref.ref(run.session.model)
+    workers = set(multiprocessing.active_children()) - before
     del run
     gc.collect()
-    assert model() is not None
+    assert model() is not None and len(workers) == 1
     base.let_go(kept)
     gc.collect()
-    assert model() is None and not multiprocessing.active_children()
+    assert model() is None and not workers & set(multiprocessing.active_children())
 
 
 @pytest.mark.parametrize(
@@ -653,13 +655,18 @@ def test_nothing_in_a_runs_directory_is_executed(engine, tmp_path):
     faults.kill(process)
     found = directory(out)
     torch.save({"schema": 1, "digest": "", "step": Evil(ran)}, found / "checkpoint.pt")
+    done = tmp_path / "done"  # replay takes none but a run that is done
+    done.mkdir()
+    (done / "result.json").write_text('{"status": "done"}')
+    (done / "metrics.jsonl").write_text("".join((found / "metrics.jsonl").read_text().splitlines(keepends=True)[:4]))
     evil = f'!!python/object/apply:os.mkdir ["{ran}"]'
     target = f'{{_target_: os.mkdir, path: "{ran}"}}'
     for config in (f"task: {evil}\n", f"task: {target}\noptimizer: {target}\n", f"task: ${{oc.decode:'{evil}'}}\n"):
         (found / "config.yaml").write_text(config)
+        (done / "config.yaml").write_text(config)
         for mode in ("status", "report"):
             faults.to_the_end((f"mode={mode}", f"out={out}"), log)
-        replay = ("schedule=replay", f"schedule.run={found}", "budget.amount=4it", f"out={tmp_path / 'other'}")
+        replay = ("schedule=replay", f"schedule.run={done}", "budget.amount=4it", f"out={tmp_path / 'other'}")
         with pytest.raises(UserError, match="config.yaml"):
             faults.start(replay, log)
     faults.to_the_end(words, log)  # by the checkpoint before
