@@ -27,20 +27,23 @@ from budgeted import BudgetedLR, make
 from budgeted.data import Batches, loader
 from budgeted.session import device_name
 
-REPEATS = 15
+REPEATS, DATA_REPEATS = 15, 60
 SAMPLES = {"imagenet_tiny": 1024, "kinetics_tiny": 80, "coco_tiny": 120, "cityscapes_tiny": 80}  # about a second each
 
 
 def interleaved(ours: Callable[[], Any], theirs: Callable[[], Any], repeats: int = REPEATS) -> Sequence[float]:
-    """Median seconds of `ours` and of `theirs`, timed in turns, and the median of the pairs' ratios."""
+    """Median seconds of `ours` and of `theirs`, timed in turns, and the median of the pairs' ratios.
+
+    Each goes first in every other pair: the second finds the caches warm.
+    """
     pairs = []
-    for _ in range(repeats):
-        times = []
-        for run in (ours, theirs):
+    for k in range(repeats):
+        seconds = {}
+        for run in (ours, theirs) if k % 2 else (theirs, ours):
             start = time.perf_counter()
             run()
-            times.append(time.perf_counter() - start)
-        pairs.append((times[0], times[1]))
+            seconds[run] = time.perf_counter() - start
+        pairs.append((seconds[ours], seconds[theirs]))
     ratio = statistics.median(a / b for a, b in pairs)
     return statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs), ratio
 
@@ -51,8 +54,8 @@ def scheduler(groups: int = 1, steps: int = 5000) -> dict[str, float]:
     def timed(build: Callable[[torch.optim.Optimizer], Any]) -> Callable[[], None]:
         parameters = [{"params": [torch.nn.Parameter(torch.zeros(1))]} for _ in range(groups)]
         optimizer = torch.optim.SGD(parameters, lr=0.1)
-        optimizer.step()
         schedule = build(optimizer)
+        optimizer.step()
 
         def run() -> None:
             for _ in range(steps):
@@ -68,7 +71,10 @@ def scheduler(groups: int = 1, steps: int = 5000) -> dict[str, float]:
 
 
 def data_order(task: str, samples: int, words: Sequence[str] = ()) -> dict[str, float]:
-    """Seconds for `samples` of a task's own dataset, in the main process: ours, and torch's shuffling loader."""
+    """Seconds for `samples` of a task's own dataset, in the main process: ours, and torch's shuffling loader.
+
+    Each repeat is another part of the order with other augmentations on both sides: their work is equal on average.
+    """
     from tasks import base, cli
 
     recipe = cli.recipe((f"task={task}", "data.workers=0", *words))
@@ -76,13 +82,19 @@ def data_order(task: str, samples: int, words: Sequence[str] = ()) -> dict[str, 
     adapter: Any = base.adapter_of(recipe.cfg)(recipe.cfg, recipe.data, torch.device("cpu"))
     dataset = adapter.train_images if task.startswith("coco") else adapter.train_dataset()
     batch = recipe.cfg["task"]["batch_size"]
-    count = samples // batch
-    sources = (
-        loader(dataset, 0, Batches(recipe.epoch, 0, count), collate_fn=list),
-        torch.utils.data.DataLoader(dataset, batch, shuffle=True, collate_fn=list),
-    )
-    ours, theirs = (lambda s=s: sum(1 for _ in itertools.islice(iter(s), count)) for s in sources)
-    a, b, ratio = interleaved(ours, theirs)
+    count, steps = samples // batch, itertools.count(step=samples // batch)
+
+    def ours() -> None:
+        start = next(steps)
+        for _ in loader(dataset, 0, Batches(recipe.epoch, start, start + count), collate_fn=list):
+            pass
+
+    def theirs() -> None:
+        order = torch.utils.data.RandomSampler(dataset, num_samples=count * batch)
+        for _ in torch.utils.data.DataLoader(dataset, batch, sampler=order, collate_fn=list):
+            pass
+
+    a, b, ratio = interleaved(ours, theirs, DATA_REPEATS)
     return {"ours_s": a, "torchs_s": b, "ratio": ratio}
 
 
