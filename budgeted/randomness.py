@@ -67,16 +67,16 @@ def preserved(torch_only: bool = False) -> Iterator[None]:
     second of two normal numbers, which numpy may hold ready, is lost by that.
     """
     mine = torch.get_rng_state()
-    others = None if torch_only else (random.getstate(), np.random.get_bit_generator())
+    others = None if torch_only else (random.getstate(), np.random.get_bit_generator())  # type: ignore[attr-defined]
     if others:
-        np.random.set_bit_generator(spare := _spares.pop() if _spares else np.random.MT19937())
+        np.random.set_bit_generator(spare := _spares.pop() if _spares else np.random.MT19937())  # type: ignore[attr-defined]
     try:
         yield
     finally:
         torch.set_rng_state(mine)
         if others:
             random.setstate(others[0])
-            np.random.set_bit_generator(others[1])
+            np.random.set_bit_generator(others[1])  # type: ignore[attr-defined]
             _spares.append(spare)
 
 
