@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import os
+import threading
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,55 @@ def save(path: Path, content: dict[str, Any]) -> None:
         os.fsync(handle.fileno())  # all of it is there: only now may the one before the last go
         if path.exists():
             _keep(path)
+
+
+def copied(content: Any) -> Any:
+    """`content` as it stands now, its tensors on the CPU: what training changes from here on leaves it alone."""
+    if isinstance(content, torch.Tensor):
+        return content.detach().to("cpu", copy=True)
+    if isinstance(content, dict):
+        same = copy.copy(content)  # a module's state dict carries its versions as an attribute
+        same.update((k, copied(v)) for k, v in content.items())
+        return same
+    return type(content)(map(copied, content)) if isinstance(content, list | tuple) else content
+
+
+class Background:
+    """Work that is done in a thread while training goes on, one piece at a time."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def start(self, work: Callable[[], None]) -> None:
+        """Begin `work`, once what was begun before is done. Raises what that raised."""
+        self.wait()
+
+        def run() -> None:
+            try:
+                work()
+            except BaseException as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def join(self) -> None:
+        """Wait until nothing is being done."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def wait(self) -> None:
+        """Wait until nothing is being done. Raises what it raised, once."""
+        self.join()
+        self.check()
+
+    def check(self) -> None:
+        """Raise what was raised, once, without waiting."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
 
 
 def load(path: Path) -> dict[str, Any] | None:

@@ -40,9 +40,12 @@ class Journal:
         self._digest.update(line)
         self._end += len(line)
 
-    def mark(self) -> dict[str, Any]:
-        """Where it stands, once all of it is on the disk: a checkpoint that knows of a line must not outlive it."""
+    def sync(self) -> None:
+        """Return once all that was written is on the disk."""
         os.fsync(self._file.fileno())
+
+    def mark(self) -> dict[str, Any]:
+        """Where it stands."""
         return {"bytes": self._end, "sha256": self._digest.hexdigest()}
 
     def close(self) -> None:

@@ -23,6 +23,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,7 @@ class Session:
         self._clock = 0.0  # progress of a clock budget, as of the last step
         self._grad_norm: float | None = None
         self._saved_step: int | None = None
+        self._saving = checkpoint.Background()
         self._final: tuple[str, dict[str, Any] | None] | None = None  # what was evaluated last: its digest, its tensors
         self._loss = self._applied_lr = math.nan
         self._evals = recipe.period(cfg["task"]["eval_every"], total)
@@ -133,7 +135,7 @@ class Session:
             delay=0.1,  # nothing is shown yet: see _advance_bar
         )
         self._last_save = self._mark = time.perf_counter()
-        self._write_state("running")
+        self._write_state("running", **self._state())
 
     def loader(self, dataset: Any, collate_fn: Callable | None = None) -> Iterator[Any]:
         """Batches of `dataset` for this rank from this step to the end of the budget; waiting is measured."""
@@ -199,6 +201,7 @@ class Session:
 
     def after_step(self, loss: torch.Tensor | float) -> None:
         """Account for the update just made. Raises NonFinite, or Interrupted once a signal's checkpoint is saved."""
+        self._saving.check()
         self._tick()
         step, self.step = self.step, self.step + 1
         positions = self.recipe.epoch.positions(step)
@@ -223,7 +226,8 @@ class Session:
         if due or stop or overdue:
             self.save()
         if stop:
-            self._write_state("partial")
+            self._saving.wait()
+            self._write_state("partial", **self._state())
             raise Interrupted(stop, self._handlers.get(stop))
 
     def evaluate(self) -> None:
@@ -231,6 +235,7 @@ class Session:
         self._owed = False
         if self._evaluated_at == self.step:
             return
+        self._saving.wait()  # an evaluation starts data workers: nobody forks while another thread writes
         start, step = time.perf_counter(), self.step - 1
         self._check_losses()
         with self._evaluated_weights(step):
@@ -330,6 +335,7 @@ class Session:
         bad = torch.nonzero(~torch.isfinite(values.cpu()))
         if len(bad):
             step, _, rate = pending[int(bad[0])]
+            self._saving.join()
             saved = self._saved_step
             good = "there is no checkpoint yet" if saved is None else f"the last good checkpoint is of step {saved}"
             raise NonFinite(
@@ -349,28 +355,35 @@ class Session:
         except OSError:  # the terminal is gone; the run goes on
             bar.disable = True
 
-    def _write_state(self, state: str, error: str | None = None) -> None:
+    def _state(self) -> dict[str, Any]:
+        rate = self.samples / self.elapsed if self.elapsed else None
+        left = (1 / self.progress - 1) * self.elapsed if self.progress else None
+        return {"step": self.step, "samples_per_second": rate, "eta_seconds": left, "progress": self.progress}
+
+    def _write_state(self, state: str, step: int, **more: Any) -> None:
         if self.world.is_main:
-            rate = self.samples / self.elapsed if self.elapsed else None
-            left = (1 / self.progress - 1) * self.elapsed if self.progress else None
-            more = {"samples_per_second": rate, "eta_seconds": left, "progress": self.progress}
             try:
-                self.cell.write_state(state, self.step, self.horizon, error, **more)
+                self.cell.write_state(state, step, self.horizon, None, **more)
             except OSError as full:  # for the eyes of mode=status alone
                 log.warning("%s: state.json cannot be written (%s)", self.cell.name, full)
 
     # -- saving and going on --------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write a checkpoint of the step just made."""
+        """Write a checkpoint of the step just made, from a copy, while training goes on: see `_saving`."""
         start = time.perf_counter()
         self._check_losses()
         if self.world.is_main:
-            checkpoint.save(self.cell.checkpoint, self._content())
-            self._saved_step = self.step - 1
-            self._write_state("running")
+            self._saving.wait()
+            self._saving.start(partial(self._write, checkpoint.copied(self._content()), self._state()))
         self._last_save = time.perf_counter()
         self._mark += self._last_save - start  # saving is no training time
+
+    def _write(self, content: dict[str, Any], state: dict[str, Any]) -> None:
+        self.journal.sync()  # a checkpoint that knows of a line must not outlive it
+        checkpoint.save(self.cell.checkpoint, content)
+        self._saved_step = content["step"] - 1
+        self._write_state("running", **state)
 
     def _content(self) -> dict[str, Any]:
         counters = {k: getattr(self, k) for k in _COUNTERS}
@@ -471,6 +484,7 @@ class Session:
         if self._evaluated_at != self.step:
             self.evaluate()
             self.save()
+        self._saving.wait()
         metric, rule = self.cfg["task"]["metric"], self.cfg["task"]["rule"]
         if not math.isfinite(self.metrics[metric][rule]):
             raise NonFinite(f"the {rule} {metric} is {self.metrics[metric][rule]}: there is nothing to report")
@@ -481,11 +495,12 @@ class Session:
         result: dict[str, Any] = {}
         if self.world.is_main:
             if evaluated is not None:
+                self.journal.sync()
                 checkpoint.save(self.cell.checkpoint, {**self._content(), "evaluated": evaluated})
             result = self._result(digest)
             self.cell.write_result(result)
             checkpoint.previous(self.cell.checkpoint).unlink(missing_ok=True)
-            self._write_state("done")
+            self._write_state("done", **self._state())
         self._done = True
         return self.world.agree(result)
 
@@ -493,6 +508,10 @@ class Session:
         """Give signals and files back; safe to call at any time."""
         self._release_signals()
         let_workers_end()
+        try:
+            self._saving.wait()
+        except Exception as error:  # another ended the run first: this one is for run.log
+            log.debug("%s: the last checkpoint could not be written (%s)", self.cell.name, error)
         if hasattr(self, "_bar"):
             with suppress(OSError):
                 self._bar.close()

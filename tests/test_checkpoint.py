@@ -9,6 +9,7 @@ import pickle
 import random
 import shutil
 import signal
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -365,3 +366,37 @@ def test_a_thousand_hostile_files_never_make_a_wrong_result(toy, tmp_path, monke
         ]
         endings["done"] += 1
     assert min(endings.values()) > 0
+
+
+# -- in the background ----------------------------------------------------------------------------------------
+
+
+def test_a_copy_is_equal_and_stays_as_it_was():
+    original = content()
+    model = torch.nn.BatchNorm1d(2)
+    kept, state = checkpoint.copied(original), checkpoint.copied(model.state_dict())
+    assert same(kept, original) and kept["types"]["strided"].stride() == (1, 4)
+    original["nested"]["a"][0]["b"].add_(1)
+    original["flags"].append(0)
+    original["new"] = 1
+    with torch.no_grad():
+        model.weight.zero_()
+    assert same(kept, content()) and state["weight"].tolist() == [1, 1]
+    assert state._metadata == model.state_dict()._metadata
+
+
+def test_background_work_is_done_one_at_a_time_and_its_error_is_raised_once():
+    background, done, go = checkpoint.Background(), [], threading.Event()
+    background.start(lambda: (go.wait(10), done.append(1)))
+    background.check()
+    assert done == []
+    go.set()
+    background.start(lambda: (done.append(2), 1 / 0))
+    background.join()
+    assert done == [1, 2]
+    with pytest.raises(ZeroDivisionError):
+        background.start(lambda: done.append(3))
+    background.start(lambda: done.append(4))
+    background.wait()
+    background.wait()
+    assert done == [1, 2, 4]

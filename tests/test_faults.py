@@ -196,6 +196,28 @@ def failed(words, out, prepare=lambda: None, code=1):
     return said[0], found
 
 
+@pytest.mark.slow
+def test_a_run_that_fails_while_a_checkpoint_is_written_has_failed(engine, tmp_path):
+    """The write ends after the failure: what stands in the end is the failure, and the checkpoint is whole."""
+
+    def prepare():
+        save, before_step = checkpoint.save, Session.before_step
+
+        def slow(path, content):
+            time.sleep(1)
+            save(path, content)
+
+        def fail(self):
+            if self.step == 5:
+                raise RuntimeError("in step 5")
+            before_step(self)
+
+        checkpoint.save, Session.before_step = slow, fail
+
+    said, found = failed((*SHORT, "checkpoint.every=4it"), tmp_path / "runs", prepare)
+    assert said.endswith("RuntimeError: in step 5") and checkpoint.load(found / "checkpoint.pt")["step"] == 4
+
+
 def status(out):
     """The terminal's table of runs."""
     import io

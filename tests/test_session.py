@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import os
 import resource
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -362,6 +364,38 @@ def test_checkpoints_come_by_progress_or_by_minutes(toy, monkeypatch):
     saved.clear()
     toy(checkpoint__minutes=0, amount="3it").train()
     assert saved == [1, 2, 3]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(toy, whole, monkeypatch):
+    """The write begun after step 4 ends when step 8 has begun: it holds the weights of step 4 all the same."""
+    further, save = threading.Event(), checkpoint.save
+
+    def slow(path, content):
+        assert further.wait(10)
+        save(path, content)
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    run = toy()
+    run.before = at(8, further.set)
+    agrees(run, run.train(), whole)
+    further.clear()
+    killed = toy(seed=1)
+    killed.before = at(8, lambda: (further.set(), 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        killed.train()
+    assert checkpoint.load(killed.recipe.cell.checkpoint)["step"] == 5
+
+
+def test_a_checkpoint_that_cannot_be_written_fails_the_run_at_the_next_step(toy, monkeypatch):
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    run = toy()
+    run.before = at(5, lambda: run.session._saving.join())
+    with pytest.raises(OSError, match="No space"):
+        run.train()
+    assert steps(run)[-1]["step"] == 4
 
 
 @pytest.mark.parametrize("room", [0, 60, 300, 1000, 2000, 4000])
