@@ -35,12 +35,13 @@ def main(cfg: DictConfig) -> float | None:
 def command() -> int:
     """Check the command line, run it, and turn its errors into one line and an exit code."""
     from tasks import modes
-    from tasks.cli import check_arguments, help_text
+    from tasks.cli import as_hydra_reads, check_arguments, help_text
 
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(help_text())
         return 0
     modes.set_up_logging()
+    sys.argv[1:] = as_hydra_reads(sys.argv[1:])
     try:
         check_arguments(sys.argv[1:])
         main()

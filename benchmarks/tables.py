@@ -96,8 +96,14 @@ class Grid:
         return np.array(rows, dtype=float).reshape(len(self.schedules), len(self.budgets))
 
     def best(self, budget: str) -> set[str]:
-        """The schedules with the highest mean at this budget; empty if fewer than two have one."""
-        means = {s: m for s in self.schedules if not math.isnan(m := self.squares[s, budget].summary.mean)}
+        """The schedules with the highest mean at this budget, of those with all the seeds that any has there.
+
+        Empty if these are fewer than two: means over other seeds are not compared."""
+        squares = {s: self.squares[s, budget] for s in self.schedules}
+        seeds = set().union(*(square.values for square in squares.values()))
+        means = {
+            s: q.summary.mean for s, q in squares.items() if set(q.values) == seeds and not math.isnan(q.summary.mean)
+        }
         return {s for s, m in means.items() if m == max(means.values())} if len(means) > 1 else set()
 
 

@@ -286,7 +286,8 @@ def make(name: str, **constants: Any) -> Schedule:
     Raises UserError for an unknown name or constant, a value of the wrong type or out of its range.
     """
     if name not in SCHEDULES:
-        raise UserError(f"schedule={name}: no such schedule; {nearest(name, SCHEDULES)}")
+        hint = f"{nearest(name, SCHEDULES)} (a new one is a function listed in SCHEDULES of {__file__})"
+        raise UserError(f"schedule={name}: no such schedule; {hint}")
     given = {k: v for k, v in constants.items() if v is not None}
     parameters = inspect.signature(SCHEDULES[name]).parameters
     for key, value in given.items():

@@ -47,6 +47,16 @@ HYDRA_FLAGS = (
 )
 
 
+def as_hydra_reads(arguments: Sequence[str]) -> list[str]:
+    """Options first, as argparse stops at the second row of words; ~/ in a value as the folder that it means."""
+    words = [
+        f"{k}{sep}{os.path.expanduser(v)}" if v.startswith("~/") else a
+        for a in arguments
+        for k, sep, v in [a.partition("=")]
+    ]
+    return sorted(words, key=lambda word: word not in ("-m", "--multirun"))
+
+
 def check_arguments(arguments: Sequence[str]) -> None:
     """Raise UserError, in one line, for what is wrong with a command line."""
     if any(a.split("=")[0] in HYDRA_FLAGS for a in arguments):
@@ -56,6 +66,8 @@ def check_arguments(arguments: Sequence[str]) -> None:
         raise UserError(f"{unknown[0]}: no such option; -m for a sweep, --help, and key=value for all else")
     multirun = any(a in ("-m", "--multirun") for a in arguments)
     overrides = parse(a for a in arguments if not a.startswith("-"))
+    if {"budget", "budget.amount"} <= {o.key_or_group for o in overrides}:
+        raise UserError("budget= and budget.amount= are both given: one of them")
     for override in overrides:
         _check(override, multirun)
     # The cells of a sweep are checked by the sweeper, each as a whole; here what Hydra composes before it.
@@ -99,6 +111,12 @@ def _parsed(argument: str) -> Override:
 def _check(override: Override, multirun: bool) -> None:
     """What can be told of one override without composing."""
     key = override.key_or_group
+    if key == "hydra/launcher" and isinstance(override.value(), str):
+        _loader()
+        theirs = [name.removesuffix(".yaml") for name in ConfigStore.instance().repo["hydra"]["launcher"]]
+        known = {*options("hydra/launcher"), *theirs}
+        if override.value() not in known:
+            raise UserError(f"{override.input_line}: no such launcher; {nearest(str(override.value()), known)}")
     if _is_hydras(override):
         return
     if override.is_delete():
@@ -183,8 +201,8 @@ def _validated(overrides: tuple[str, ...]) -> Config:
 def _check_values(cfg: Config, named: Config) -> None:
     validate(cfg)
     same_types(cfg, named)
-    for group in ("schedule", "optimizer"):
-        if cfg[group]["name"] != named[group]["name"]:
+    for group in ("task", "schedule", "optimizer"):
+        if cfg[group]["name"] != named[group]["name"]:  # the parts of it that go with the name are not here
             raise UserError(f"{group}.name={cfg[group]['name']}: write {group}={cfg[group]['name']}")
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import random
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,24 +24,33 @@ UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBom
 LOCAL = {"protocol_whitelist": "file"}  # a playlist that calls itself .mp4 reaches no network
 
 
-def findings(cfg: Mapping[str, Any], data: Data, sample: int) -> tuple[Data, list[str]]:
-    """data with the clips that cannot be decoded among the missing, and a line for each finding in up to `sample` files
-    of each split."""
-    look: dict[str, Callable[[Data, int, int], Iterator[tuple[str, str]]]] = {
+Take = Callable[[Sequence[Any]], Iterator[Any]]  # some of the files of a split
+
+
+def findings(cfg: Mapping[str, Any], data: Data, sample: int, seconds: float) -> tuple[Data, list[str], int]:
+    """data with the clips that cannot be decoded among the missing, a line for each finding, and how many files were
+    decoded: `sample` of each split in random order, and more for as long as `seconds` are not over."""
+    decoded = itertools.count()
+
+    def take(items: Sequence[Any]) -> Iterator[Any]:
+        end = time.monotonic() + seconds
+        for k, item in enumerate(random.Random(0).sample(items, len(items))):
+            if k >= sample and time.monotonic() > end:
+                return
+            next(decoded)
+            yield item
+
+    look: dict[str, Callable[[Data, Take, int], Iterator[tuple[str, str]]]] = {
         "classification": _pictures,
         "segmentation": _labels,
         "detection": _objects,
         "video": _clips,
     }
     adapter = cfg["task"]["adapter"]
-    found = list(look[adapter](data, sample, int(cfg["task"].get("frames", 1))))
+    found = list(look[adapter](data, take, int(cfg["task"].get("frames", 1))))
     if adapter == "video":
         data = replace(data, missing=tuple(dict.fromkeys((*data.missing, *(path for path, _ in found)))))
-    return data, [f"{path}: {what}" for path, what in found]
-
-
-def _some_of(items: Sequence[Any], sample: int) -> list[Any]:
-    return random.Random(0).sample(items, min(sample, len(items)))
+    return data, [f"{path}: {what}" for path, what in found], next(decoded)
 
 
 def picture_fault(path: str | Path) -> str | None:
@@ -90,7 +101,7 @@ def _within(data: Data, path: str | Path) -> str:
     return str(Path(path).relative_to(data.root))
 
 
-def _pictures(data: Data, sample: int, _: int) -> Iterator[tuple[str, str]]:
+def _pictures(data: Data, take: Take, _: int) -> Iterator[tuple[str, str]]:
     if layouts.is_packed(data.root):  # nothing to decode
         return
     if layouts.is_cifar10(data.root):
@@ -105,15 +116,15 @@ def _pictures(data: Data, sample: int, _: int) -> Iterator[tuple[str, str]]:
                 yield split, f"labels go from {numbers.min()} to {numbers.max()}, not 0 to 9: get the set again"
         return
     for split in SPLITS:
-        for path, _ in _some_of(layouts.images(data.root, split)[1], sample):
+        for path, _ in take(layouts.images(data.root, split)[1]):
             fault = picture_fault(path)
             if fault:
                 yield _within(data, path), f"{fault}: replace or remove it"
 
 
-def _labels(data: Data, sample: int, _: int) -> Iterator[tuple[str, str]]:
+def _labels(data: Data, take: Take, _: int) -> Iterator[tuple[str, str]]:
     for split in SPLITS:
-        for picture, label in _some_of(layouts.streets(data.root, split), sample):
+        for picture, label in take(layouts.streets(data.root, split)):
             fault = picture_fault(picture)
             if fault:
                 yield _within(data, picture), f"{fault}: unpack leftImg8bit_trainvaltest.zip again"
@@ -121,23 +132,23 @@ def _labels(data: Data, sample: int, _: int) -> Iterator[tuple[str, str]]:
                 yield _within(data, label), f"{fault}: remove it and run mode=prepare"
 
 
-def _clips(data: Data, sample: int, least: int) -> Iterator[tuple[str, str]]:
+def _clips(data: Data, take: Take, least: int) -> Iterator[tuple[str, str]]:
     for clip in data.missing:
         there = (data.root / clip).is_file()
         fault = layouts.mp4_fault(data.root / clip) if there else "absent"
         yield clip, f"{fault}: training leaves it out; get it again or take it off the list"
     for split in SPLITS:
-        for path, _ in _some_of(layouts.clips(data.root, split)[1], sample):
+        for path, _ in take(layouts.clips(data.root, split)[1]):
             fault = clip_fault(path, least)
             if fault:
                 yield _within(data, path), f"{fault}: get it again or take it off the list"
 
 
-def _objects(data: Data, sample: int, _: int) -> Iterator[tuple[str, str]]:
+def _objects(data: Data, take: Take, _: int) -> Iterator[tuple[str, str]]:
     for split in SPLITS:
         path, folder = layouts.coco_files(data.root, split)
         tables = tables_of(data.root, path)
-        for image in _some_of(tables["images"], sample):
+        for image in take(tables["images"]):
             file = folder / image["file_name"]
             fault = picture_fault(file) or _other_size(file, image)
             if fault:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import logging
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -27,6 +28,7 @@ from tasks.packed import is_packed
 __all__ = ["Data", "check", "cifar10", "clips", "coco_files", "data_root", "images", "inspect"]
 __all__ += ["is_cifar10", "is_packed", "packed", "streets", "subset"]
 
+log = logging.getLogger("budgeted")
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp")
 STREET_CLASSES = (
     *("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation"),
@@ -54,13 +56,14 @@ def inspect(cfg: Mapping[str, Any]) -> Data:
     return data if keep is None else replace(data, n_train=len(subset(data.n_train, keep)))
 
 
-def check(cfg: Mapping[str, Any], sample: int = 32) -> tuple[Data, list[str]]:
-    """inspect(), then decode `sample` files of each split and look at what only decoding shows. Findings are lines of
-    path, fault and fix; a clip that cannot be decoded is one of Data.missing from then on."""
+def check(cfg: Mapping[str, Any], sample: int = 32, seconds: float = 4.0) -> tuple[Data, list[str], int]:
+    """inspect(), then decode `sample` files of each split, more while `seconds` last, and look at what only decoding
+    shows. Findings are lines of path, fault and fix; a clip that cannot be decoded is one of Data.missing from then on.
+    The number is that of the files decoded."""
     from tasks import decode
 
     data = inspect(cfg)
-    return decode.findings(cfg, data, sample) if data.root.is_dir() else (data, [])
+    return decode.findings(cfg, data, sample, seconds) if data.root.is_dir() else (data, [], 0)
 
 
 def subset(n: int, keep: int | None) -> list[int]:
@@ -83,8 +86,11 @@ def data_root(cfg: Mapping[str, Any]) -> Path:
 
 def _existing(root: Path, name: str) -> Path:
     if not root.is_dir():
-        close = difflib.get_close_matches(root.name, names(root.parent), n=1)
-        hint = f"did you mean {root.parent / close[0]}?" if close else f"set data.root to the folder that holds {name}"
+        beside = [n for n in names(root.parent) if n.endswith("_tiny") == name.endswith("_tiny")]
+        close = [root.parent / n for n in difflib.get_close_matches(root.name, beside, n=1)]
+        if root.exists():
+            close = [root.parent]
+        hint = f"did you mean {close[0]}?" if close else f"set data.root to the folder that holds {name}"
         raise UserError(f"data.root={root}: {'not a folder' if root.exists() else 'no such folder'}: {hint}")
     if not any(root.iterdir()):
         raise UserError(f"data.root={root}: the folder is empty: put {name}'s files there or set another data.root")
@@ -118,7 +124,11 @@ def _class_folders(name: str, root: Path) -> Data:
     if is_packed(root):
         return packed.summary(name, root)
     (classes, train), (val_classes, val) = (images(root, split) for split in SPLITS)
+    if root.name in SPLITS and all((root.parent / split).is_dir() for split in SPLITS):
+        raise wrong(root, "one split of a set", f"did you mean data.root={root.parent}?")
     _refuse_odd_splits(root, classes, val_classes, bool(train))
+    if not (root / "train").is_dir():
+        log.warning("%s has no train/ and val/: each tenth image of a class is held out for validation", root)
     for one, other, lacking in (
         ("train", "val", set(classes) - set(val_classes)),
         ("val", "train", set(val_classes) - set(classes)),
@@ -136,7 +146,8 @@ def _class_folders(name: str, root: Path) -> Data:
 
 def _refuse_odd_splits(root: Path, classes: tuple[str, ...], val_classes: tuple[str, ...], filled: bool) -> None:
     """Name the nearest right form where train/ or val/ is not a folder of class folders."""
-    deeper = next((p for p in ("ILSVRC/Data/CLS-LOC", *names(root)) if (root / p / "train").is_dir()), None)
+    there = [p for p in ("ILSVRC/Data/CLS-LOC", *names(root)) if (root / p / "train").is_dir()]
+    deeper = next((p for p in there if images(root / p, "train")[1]), None)
     if deeper and not (root / "train").is_dir():
         raise wrong(root, "no train/ here", f"did you mean data.root={root / deeper}?")
     if (root / "val").is_dir() and not val_classes and any(f.lower().endswith(IMAGES) for f in names(root / "val")):

@@ -106,14 +106,16 @@ def check(cfg: Any, choices: Choices) -> None:
 
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     tiny.ensure(plain)
-    data, findings = layouts.check(plain)
+    data, findings, decoded = layouts.check(plain)
     log.info("%s in %s: %d training, %d validation samples, %d classes, %d missing",
              data.name, data.root, data.n_train, data.n_val, len(data.classes), len(data.missing))  # fmt: skip
     for line in findings:
         log.warning("%s", line)
+    looked = f"all listed, {decoded} of them decoded" if decoded else "all listed, none to decode"
     if findings:
+        log.info("%d findings; files: %s", len(findings), looked)
         raise SystemExit(1)
-    log.info("nothing wrong found")
+    log.info("nothing wrong found; files: %s", looked)
 
 
 def prepare(cfg: Any, choices: Choices) -> None:

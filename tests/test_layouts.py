@@ -19,7 +19,7 @@ real = pytest.mark.skipif(not SHARED.is_dir(), reason="the real data beside the 
 
 def look(root: Path, adapter: str, check: bool = False, **data):
     cfg = {"task": {"name": "mine", "adapter": adapter, "frames": 8}, "data": {"root": str(root), **data}}
-    return layouts.check(cfg) if check else layouts.inspect(cfg)
+    return layouts.check(cfg)[:2] if check else layouts.inspect(cfg)
 
 
 def fault(root: Path, adapter: str) -> str:
@@ -170,6 +170,33 @@ def test_check_finds_a_truncated_image(tmp_path):
     path.write_bytes(path.read_bytes()[:700])
     (finding,) = look(tmp_path, "classification", check=True)[1]
     assert finding.startswith("val/dog/1.jpg: image file is truncated") and finding.endswith(": replace or remove it")
+
+
+def test_check_decodes_on_while_there_is_time_and_counts(tmp_path):
+    for k in range(8):
+        picture(folders(tmp_path) / f"train/cat/{k}.jpg", (8, 8))
+    cfg = {"task": {"name": "mine", "adapter": "classification"}, "data": {"root": str(tmp_path)}}
+    data = layouts.inspect(cfg)
+    assert layouts.check(cfg, sample=1, seconds=60) == (data, [], data.n_train + data.n_val)
+    assert layouts.check(cfg, sample=2, seconds=0) == (data, [], 4)
+
+
+def test_class_folders_alone_are_split_and_that_is_said(tmp_path, said):
+    for name in ("a", "b"):
+        for k in range(10):
+            picture(tmp_path / name / f"{k}.jpg", (8, 8))
+    data = look(tmp_path, "classification")
+    assert (data.n_train, data.n_val) == (18, 2) and "each tenth image" in said[0]
+
+
+def test_one_split_of_a_set_is_no_set(tmp_path):
+    folders(tmp_path)
+    assert fault(tmp_path / "train", "classification") == f"one split of a set: did you mean data.root={tmp_path}?"
+
+
+def test_the_embedded_data_of_a_tiny_task_are_not_proposed_for_another(tmp_path):
+    (tmp_path / "mine_tiny").mkdir()
+    assert fault(tmp_path / "mine", "classification").startswith("no such folder: set data.root")
 
 
 def test_check_finds_what_is_no_image(tmp_path):

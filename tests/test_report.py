@@ -65,6 +65,14 @@ def pair(tmp_path):
 # ---- numbers
 
 
+def test_means_over_other_seeds_are_not_compared(pair):
+    put(pair, "imagenet", "cosine", "5%", 2, 0.99)
+    put(pair, "imagenet", "linear", "1%", 0, 0.3)
+    put(pair, "imagenet", "step", "1%", 1, 0.2)
+    (grid,), _ = tables.grids(scan(pair))
+    assert grid.best("5%") == {"linear"} and grid.best("1%") == set()
+
+
 def test_grid_against_literals(pair):
     (grid,), _ = tables.grids(scan(pair))
     assert (grid.metric, grid.rule, grid.budgets, grid.seeds) == ("top1", "best", ["5%", "100%"], [0, 1, 2])
