@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
+import json
 import logging
 import os
 import threading
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from budgeted.files import atomic
 
 log = logging.getLogger("budgeted")
-SCHEMA = 1
+SCHEMA = 2
 
 
 class BrokenCheckpoint(Exception):
@@ -35,13 +36,83 @@ def tensors_sha256(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     return digest.hexdigest()
 
 
-def save(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` (tensors, numbers, strings, lists, dicts) to `path`; the one before it becomes *.prev.pt."""
-    content = {"schema": SCHEMA, **content}
-    content["digest"] = _digest(content)
+class Packed(NamedTuple):
+    """What a checkpoint holds, as it stood when it was packed: a text, and all tensors' bytes in one tensor (CPU).
+
+    A thousand small tensors would be pickled one by one, by Python, while training waits for the interpreter.
+    """
+
+    text: str
+    tensors: torch.Tensor
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over all of it."""
+        digest = hashlib.sha256(self.text.encode())
+        digest.update(self.tensors.numpy())
+        return digest.hexdigest()
+
+
+def pack(content: Any) -> Packed:
+    """Copy `content`: tensors, numbers, strings, None, and lists, tuples and dicts of these. Raises TypeError."""
+    pieces: list[torch.Tensor] = []
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            flat = value.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+            pieces.append(flat)
+            # Where elements share memory, empty_like gives strides of its own.
+            stride = None if value.is_contiguous() else list(torch.empty_like(value, device="meta").stride())
+            return {"t": [str(value.dtype)[6:], list(value.shape), stride, len(flat)]}
+        if isinstance(value, dict):
+            made: dict[str, Any] = {"d": [[k, plain(v)] for k, v in value.items()]}
+            versions = getattr(value, "_metadata", None)  # of a module's state dict
+            return made if versions is None else {**made, "m": plain(versions)}
+        if isinstance(value, list | tuple):
+            return {"l" if isinstance(value, list) else "u": [plain(v) for v in value]}
+        return value
+
+    text = json.dumps(plain(content))
+    return Packed(text, torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.uint8))
+
+
+def unpack(packed: Packed) -> Any:
+    """What was packed, its tensors with the strides that they had."""
+    end = 0
+
+    def made(value: Any) -> Any:
+        nonlocal end
+        if not isinstance(value, dict):
+            return value
+        if "t" in value:
+            dtype, shape, stride, length = value["t"]
+            start, end = end, end + length
+            whole = packed.tensors[start:end].clone().view(getattr(torch, dtype)).reshape(shape)
+            return whole if stride is None else torch.empty_strided(shape, stride, dtype=whole.dtype).copy_(whole)
+        if "d" not in value:
+            return [made(v) for v in value["l"]] if "l" in value else tuple(made(v) for v in value["u"])
+        found: dict[Any, Any] = OrderedDict() if "m" in value else {}
+        found.update((k, made(v)) for k, v in value["d"])
+        if "m" in value:
+            found._metadata = made(value["m"])  # type: ignore[attr-defined]
+        return found
+
+    return made(json.loads(packed.text))
+
+
+def opened(loaded: Any) -> Any:
+    """What torch.load gave, unpacked where the file is one of these checkpoints."""
+    ours = isinstance(loaded, dict) and {"text", "tensors"} <= set(loaded)
+    return unpack(Packed(loaded["text"], loaded["tensors"])) if ours else loaded
+
+
+def save(path: Path, content: dict[str, Any] | Packed) -> None:
+    """Write `content` (see `pack`) to `path`; the checkpoint before it becomes *.prev.pt."""
+    packed = content if isinstance(content, Packed) else pack(content)
+    whole = {"schema": SCHEMA, "digest": packed.digest, **packed._asdict()}
     with atomic(path, "wb") as handle:
         try:
-            torch.save(content, handle)
+            torch.save(whole, handle)
         except RuntimeError as error:
             if isinstance(error.__context__, OSError):  # a full disk, of which torch says "unexpected pos 768 vs 662"
                 raise error.__context__ from None
@@ -50,17 +121,6 @@ def save(path: Path, content: dict[str, Any]) -> None:
         os.fsync(handle.fileno())  # all of it is there: only now may the one before the last go
         if path.exists():
             _keep(path)
-
-
-def copied(content: Any) -> Any:
-    """`content` as it stands now, its tensors on the CPU: what training changes from here on leaves it alone."""
-    if isinstance(content, torch.Tensor):
-        return content.detach().to("cpu", copy=True)
-    if isinstance(content, dict):
-        same = copy.copy(content)  # a module's state dict carries its versions as an attribute
-        same.update((k, copied(v)) for k, v in content.items())
-        return same
-    return type(content)(map(copied, content)) if isinstance(content, list | tuple) else content
 
 
 class Background:
@@ -148,36 +208,16 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():  # torch warns of hostile bytes ahead of its error
             warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+            whole = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(whole, dict) or whole.get("schema") != SCHEMA:
             raise BrokenCheckpoint("not a checkpoint of this version")
-        if content.pop("digest", None) != _digest(content):
+        packed = Packed(whole["text"], whole["tensors"])
+        if whole["digest"] != packed.digest:
             raise BrokenCheckpoint("its digest does not match its content")
+        content = unpack(packed)
     except BrokenCheckpoint:
         raise
     except Exception as error:  # hostile bytes make torch raise anything, from EOFError to zip and pickle errors
         reason = (str(error).splitlines() or [""])[0][:120]
         raise BrokenCheckpoint(f"{type(error).__name__}: {reason}") from error
     return content
-
-
-def _digest(content: dict[str, Any]) -> str:
-    tensors: list[tuple[str, torch.Tensor]] = []
-    plain = hashlib.sha256()
-
-    def walk(value: Any, name: str) -> None:
-        if isinstance(value, torch.Tensor):
-            tensors.append((name, value))
-        elif isinstance(value, dict):
-            plain.update(f"{name}: dict of {len(value)}\n".encode())
-            for k, v in value.items():
-                walk(v, f"{name}/{type(k).__name__}:{k}")
-        elif isinstance(value, list | tuple):
-            plain.update(f"{name}: {type(value).__name__} of {len(value)}\n".encode())
-            for k, v in enumerate(value):
-                walk(v, f"{name}/{k}")
-        else:
-            plain.update(f"{name}={value!r}\n".encode())
-
-    walk(content, "")
-    return hashlib.sha256((tensors_sha256(tensors) + plain.hexdigest()).encode()).hexdigest()

@@ -375,14 +375,14 @@ class Session:
         self._check_losses()
         if self.world.is_main:
             self._saving.wait()
-            self._saving.start(partial(self._write, checkpoint.copied(self._content()), self._state()))
+            self._saving.start(partial(self._write, checkpoint.pack(self._content()), self._state()))
         self._last_save = time.perf_counter()
         self._mark += self._last_save - start  # saving is no training time
 
-    def _write(self, content: dict[str, Any], state: dict[str, Any]) -> None:
+    def _write(self, content: checkpoint.Packed, state: dict[str, Any]) -> None:
         self.journal.sync()  # a checkpoint that knows of a line must not outlive it
         checkpoint.save(self.cell.checkpoint, content)
-        self._saved_step = content["step"] - 1
+        self._saved_step = state["step"] - 1
         self._write_state("running", **state)
 
     def _content(self) -> dict[str, Any]:

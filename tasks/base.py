@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from budgeted.cells import Cell, Held
+from budgeted.checkpoint import opened
 from budgeted.data import Loader
 from budgeted.distributed import World, synchronised
 from budgeted.errors import UserError
@@ -312,7 +313,7 @@ def read_weights(source: str, where: str | None = None, hint: str = "give a path
         if "://" in where:
             content = torch.hub.load_state_dict_from_url(where, map_location="cpu", weights_only=True, progress=False)
         else:
-            content = torch.load(Path(where).expanduser(), map_location="cpu", weights_only=True)
+            content = opened(torch.load(Path(where).expanduser(), map_location="cpu", weights_only=True))
     except FileNotFoundError:
         raise UserError(f"task.weights={source}: no such file; {hint}") from None
     except Exception as error:  # foreign bytes, networks and disks fail in many ways

@@ -157,8 +157,10 @@ def read_weights(path: Path) -> dict[str, Any]:
     """A file's content in the form that upstream's checkpointer takes. Nothing in the file is run."""
     import torch
 
+    from budgeted.checkpoint import opened
+
     if path.suffix != ".pkl":
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = opened(torch.load(path, map_location="cpu", weights_only=True))
         return {"model": content.get("evaluated") or content.get("model") or content}
     with path.open("rb") as file:
         content = Arrays(file, encoding="latin1").load()

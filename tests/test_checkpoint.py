@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import multiprocessing
 import os
@@ -79,7 +80,7 @@ def test_a_save_that_was_killed_before_its_last_rename_leaves_nothing_behind_the
 
 def test_loads_without_running_code(tmp_path):
     save(tmp_path / "c.pt", content())
-    assert torch.load(tmp_path / "c.pt", weights_only=True)["step"] == 0
+    assert json.loads(torch.load(tmp_path / "c.pt", weights_only=True)["text"])["d"][0] == ["step", 0]
 
 
 def test_none_is_not_an_error(tmp_path):
@@ -135,7 +136,7 @@ class Evil:
 
 @pytest.mark.parametrize("form", ["zip", "pickle"])
 def test_a_hostile_pickle_is_not_executed(tmp_path, form):
-    evil = {"schema": 1, "digest": "", "step": Evil(tmp_path / "ran")}
+    evil = {"schema": checkpoint.SCHEMA, "digest": "", "text": Evil(tmp_path / "ran")}
     if form == "zip":
         torch.save(evil, tmp_path / "c.pt")
     else:
@@ -162,8 +163,9 @@ def test_another_kind_of_file_is_refused(tmp_path, value):
     ],
 )  # fmt: skip
 def test_the_digest_tells_any_change(tmp_path, changed, said):
-    whole = {"schema": checkpoint.SCHEMA, **content()}
-    torch.save({**whole, **changed, "digest": checkpoint._digest(whole)}, tmp_path / "c.pt")
+    other = checkpoint.pack({**content(), **changed})._asdict()
+    whole = {"schema": checkpoint.SCHEMA, "digest": checkpoint.pack(content()).digest, **other}
+    torch.save(whole, tmp_path / "c.pt")
     with pytest.raises(BrokenCheckpoint, match="c.pt broken"):
         load(tmp_path / "c.pt")
     assert "its digest does not match its content" in said[0]
@@ -374,15 +376,28 @@ def test_a_thousand_hostile_files_never_make_a_wrong_result(toy, tmp_path, monke
 def test_a_copy_is_equal_and_stays_as_it_was():
     original = content()
     model = torch.nn.BatchNorm1d(2)
-    kept, state = checkpoint.copied(original), checkpoint.copied(model.state_dict())
-    assert same(kept, original) and kept["types"]["strided"].stride() == (1, 4)
+    kept, state = checkpoint.pack(original), checkpoint.pack(model.state_dict())
     original["nested"]["a"][0]["b"].add_(1)
     original["flags"].append(0)
     original["new"] = 1
     with torch.no_grad():
         model.weight.zero_()
-    assert same(kept, content()) and state["weight"].tolist() == [1, 1]
-    assert state._metadata == model.state_dict()._metadata
+    kept, state = checkpoint.unpack(kept), checkpoint.unpack(state)
+    assert same(kept, content()) and kept["types"]["strided"].stride() == (1, 4)
+    assert state["weight"].tolist() == [1, 1] and state._metadata == model.state_dict()._metadata
+
+
+def test_strides_are_kept_where_no_elements_share_memory():
+    image = torch.rand(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    tensors = [image, image[:, 1:], torch.arange(3.0).expand(2, 3), torch.zeros(0, 4).t(), torch.rand(3, 1).t()]
+    for a, b in zip(tensors, checkpoint.unpack(checkpoint.pack(tensors)), strict=True):
+        assert torch.equal(a, b)
+    assert checkpoint.unpack(checkpoint.pack(image)).stride() == image.stride()
+
+
+def test_what_is_no_content_is_refused():
+    with pytest.raises(TypeError):
+        checkpoint.pack({"a": {1, 2}})
 
 
 def test_background_work_is_done_one_at_a_time_and_its_error_is_raised_once():

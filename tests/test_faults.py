@@ -676,7 +676,7 @@ def test_nothing_in_a_runs_directory_is_executed(engine, tmp_path):
     assert faults.at_line(process, out, 6)
     faults.kill(process)
     found = directory(out)
-    torch.save({"schema": 1, "digest": "", "step": Evil(ran)}, found / "checkpoint.pt")
+    torch.save({"schema": checkpoint.SCHEMA, "digest": "", "text": Evil(ran)}, found / "checkpoint.pt")
     done = tmp_path / "done"  # replay takes none but a run that is done
     done.mkdir()
     (done / "result.json").write_text('{"status": "done"}')

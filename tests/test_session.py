@@ -355,7 +355,9 @@ def test_a_checkpoint_of_wrong_types_is_an_error_and_no_result(toy, changed):
 
 def test_checkpoints_come_by_progress_or_by_minutes(toy, monkeypatch):
     saved, save = [], checkpoint.save
-    monkeypatch.setattr(checkpoint, "save", lambda path, content: (saved.append(content["step"]), save(path, content)))
+    monkeypatch.setattr(
+        checkpoint, "save", lambda path, packed: (saved.append(checkpoint.unpack(packed)["step"]), save(path, packed))
+    )
     toy(checkpoint__every="25%").train()
     assert saved == [5, 10, 15, 20]
     saved.clear()
