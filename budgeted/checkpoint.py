@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import threading
 import warnings
@@ -61,10 +62,13 @@ def pack(content: Any) -> Packed:
         if isinstance(value, torch.Tensor):
             flat = value.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
             pieces.append(flat)
-            # Where elements share memory, empty_like gives strides of its own.
-            stride = None if value.is_contiguous() else list(torch.empty_like(value, device="meta").stride())
-            return {"t": [str(value.dtype)[6:], list(value.shape), stride, len(flat)]}
+            shape, stride = list(value.shape), list(value.stride())
+            if stride != _strides(shape):  # where elements share memory, empty_like gives strides of its own
+                stride = list(torch.empty_like(value, device="meta").stride())
+            return {"t": [str(value.dtype)[6:], shape, stride, len(flat)]}
         if isinstance(value, dict):
+            if odd := [k for k in value if not isinstance(k, str | int | float | None)]:
+                raise TypeError(f"{odd[0]!r} is no key that a checkpoint can hold")
             made: dict[str, Any] = {"d": [[k, plain(v)] for k, v in value.items()]}
             versions = getattr(value, "_metadata", None)  # of a module's state dict
             return made if versions is None else {**made, "m": plain(versions)}
@@ -77,7 +81,7 @@ def pack(content: Any) -> Packed:
 
 
 def unpack(packed: Packed) -> Any:
-    """What was packed, its tensors with the strides that they had."""
+    """What was packed, its tensors with the strides that they had. Raises anything where it was not."""
     end = 0
 
     def made(value: Any) -> Any:
@@ -88,7 +92,13 @@ def unpack(packed: Packed) -> Any:
             dtype, shape, stride, length = value["t"]
             start, end = end, end + length
             whole = packed.tensors[start:end].clone().view(getattr(torch, dtype)).reshape(shape)
-            return whole if stride is None else torch.empty_strided(shape, stride, dtype=whole.dtype).copy_(whole)
+            if length < 0 or end > len(packed.tensors) or 1 + _last(shape, stride) > max(1, whole.numel()):
+                raise ValueError(f"{value} is no tensor of this file")
+            return (
+                whole
+                if stride == _strides(shape)
+                else torch.empty_strided(shape, stride, dtype=whole.dtype).copy_(whole)
+            )
         if "d" not in value:
             return [made(v) for v in value["l"]] if "l" in value else tuple(made(v) for v in value["u"])
         found: dict[Any, Any] = OrderedDict() if "m" in value else {}
@@ -100,9 +110,19 @@ def unpack(packed: Packed) -> Any:
     return made(json.loads(packed.text))
 
 
+def _strides(shape: list[int]) -> list[int]:
+    """Of a tensor in row-major order."""
+    return [math.prod(max(1, n) for n in shape[k + 1 :]) for k in range(len(shape))]
+
+
+def _last(shape: list[int], stride: list[int]) -> int:
+    """The offset of a tensor's last element."""
+    return sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if 0 not in shape else 0
+
+
 def opened(loaded: Any) -> Any:
     """What torch.load gave, unpacked where the file is one of these checkpoints."""
-    ours = isinstance(loaded, dict) and {"text", "tensors"} <= set(loaded)
+    ours = isinstance(loaded, dict) and loaded.get("schema") == SCHEMA and "tensors" in loaded
     return unpack(Packed(loaded["text"], loaded["tensors"])) if ours else loaded
 
 
@@ -215,6 +235,8 @@ def _read(path: Path) -> dict[str, Any]:
         if whole["digest"] != packed.digest:
             raise BrokenCheckpoint("its digest does not match its content")
         content = unpack(packed)
+        if not isinstance(content, dict):
+            raise BrokenCheckpoint("it holds no dict")
     except BrokenCheckpoint:
         raise
     except Exception as error:  # hostile bytes make torch raise anything, from EOFError to zip and pickle errors

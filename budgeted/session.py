@@ -91,6 +91,7 @@ class Session:
         self._grad_norm: float | None = None
         self._saved_step: int | None = None
         self._saving = checkpoint.Background()
+        self._ending = False  # the state is somebody else's to write
         self._final: tuple[str, dict[str, Any] | None] | None = None  # what was evaluated last: its digest, its tensors
         self._loss = self._applied_lr = math.nan
         self._evals = recipe.period(cfg["task"]["eval_every"], total)
@@ -383,7 +384,8 @@ class Session:
         self.journal.sync()  # a checkpoint that knows of a line must not outlive it
         checkpoint.save(self.cell.checkpoint, content)
         self._saved_step = state["step"] - 1
-        self._write_state("running", **state)
+        if not self._ending:
+            self._write_state("running", **state)
 
     def _content(self) -> dict[str, Any]:
         counters = {k: getattr(self, k) for k in _COUNTERS}
@@ -503,6 +505,11 @@ class Session:
             self._write_state("done", **self._state())
         self._done = True
         return self.world.agree(result)
+
+    def settle(self) -> None:
+        """Wait for the checkpoint under way: the run has failed, and its state is the caller's to write."""
+        self._ending = True
+        self._saving.join()
 
     def close(self) -> None:
         """Give signals and files back; safe to call at any time."""

@@ -97,9 +97,11 @@ def _run(recipe: Recipe, world: World, device: torch.device) -> dict[str, Any]:
     except BaseException as error:
         if isinstance(error, UserError):
             error.in_run = True
-        if session is not None:
-            session.close()  # ahead of the state, as a checkpoint under way writes its own
-        _record_failure(cell, world, session, error)
+        try:
+            if session is not None:
+                session.settle()
+        finally:
+            _record_failure(cell, world, session, error)
         raise
     finally:
         if session is not None:

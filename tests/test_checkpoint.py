@@ -392,12 +392,28 @@ def test_strides_are_kept_where_no_elements_share_memory():
     tensors = [image, image[:, 1:], torch.arange(3.0).expand(2, 3), torch.zeros(0, 4).t(), torch.rand(3, 1).t()]
     for a, b in zip(tensors, checkpoint.unpack(checkpoint.pack(tensors)), strict=True):
         assert torch.equal(a, b)
-    assert checkpoint.unpack(checkpoint.pack(image)).stride() == image.stride()
+    for shape in ((2, 3, 4, 5), (4, 2, 1, 1), (2, 1, 5, 5), (1, 1, 1, 1)):
+        image = torch.rand(shape).to(memory_format=torch.channels_last)
+        assert checkpoint.unpack(checkpoint.pack(image)).stride() == image.stride()
+
+
+@pytest.mark.parametrize(
+    "text", ["null", "5", "[]", '{"l": []}', '{"d": [["a", {"t": ["float32", [3], [1000000000], 12]}]]}',
+             '{"d": [["a", {"t": ["float32", [1], [1], -4]}]]}', '{"d": [["a", {"t": ["float32", [9], [1], 36]}]]}',
+             '{"d": [["a", {"t": ["load", [3], [1], 12]}]]}'],
+)  # fmt: skip
+def test_a_text_that_was_never_packed_gives_way_to_the_one_before(tmp_path, text):
+    save(tmp_path / "c.pt", content(1))
+    save(tmp_path / "c.pt", content(2))
+    save(tmp_path / "c.pt", checkpoint.Packed(text, torch.zeros(12, dtype=torch.uint8)))
+    assert is_content(load(tmp_path / "c.pt"), 2)
 
 
 def test_what_is_no_content_is_refused():
     with pytest.raises(TypeError):
         checkpoint.pack({"a": {1, 2}})
+    with pytest.raises(TypeError):
+        checkpoint.pack({(1, 2): 3})
 
 
 def test_background_work_is_done_one_at_a_time_and_its_error_is_raised_once():
