@@ -94,11 +94,9 @@ def unpack(packed: Packed) -> Any:
             whole = packed.tensors[start:end].clone().view(getattr(torch, dtype)).reshape(shape)
             if length < 0 or end > len(packed.tensors) or 1 + _last(shape, stride) > max(1, whole.numel()):
                 raise ValueError(f"{value} is no tensor of this file")
-            return (
-                whole
-                if stride == _strides(shape)
-                else torch.empty_strided(shape, stride, dtype=whole.dtype).copy_(whole)
-            )
+            if stride != _strides(shape):
+                whole = torch.empty_strided(shape, stride, dtype=whole.dtype).copy_(whole)
+            return whole
         if "d" not in value:
             return [made(v) for v in value["l"]] if "l" in value else tuple(made(v) for v in value["u"])
         found: dict[Any, Any] = OrderedDict() if "m" in value else {}

@@ -112,11 +112,7 @@ def _check(override: Override, multirun: bool) -> None:
     """What can be told of one override without composing."""
     key = override.key_or_group
     if key == "hydra/launcher" and isinstance(override.value(), str):
-        _loader()
-        theirs = [name.removesuffix(".yaml") for name in ConfigStore.instance().repo["hydra"]["launcher"]]
-        known = {*options("hydra/launcher"), *theirs}
-        if override.value() not in known:
-            raise UserError(f"{override.input_line}: no such launcher; {nearest(str(override.value()), known)}")
+        _check_launcher(str(override.value()))
     if _is_hydras(override):
         return
     if override.is_delete():
@@ -132,6 +128,14 @@ def _check(override: Override, multirun: bool) -> None:
         raise UserError(f"mode={override.value()}: no such mode; {nearest(str(override.value()), MODES)}")
     if override.is_sweep_override() and not multirun:
         raise UserError(f"{override.input_line}: several values need -m: python run.py -m '{override.input_line}'")
+
+
+def _check_launcher(name: str) -> None:
+    _loader()  # registers the launchers of Hydra's plugins
+    theirs = (option.removesuffix(".yaml") for option in ConfigStore.instance().repo["hydra"]["launcher"])
+    known = {*options("hydra/launcher"), *theirs}
+    if name not in known:
+        raise UserError(f"hydra/launcher={name}: no such launcher; {nearest(name, known)}")
 
 
 def _check_option(group: str, value: Any) -> None:
