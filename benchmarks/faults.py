@@ -14,6 +14,8 @@ anything differs from the run that nothing happened to.
 
 from __future__ import annotations
 
+import faulthandler
+import gc
 import json
 import logging
 import multiprocessing
@@ -27,7 +29,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -77,10 +79,12 @@ def fork(work: Callable[[], None], log: Path) -> Any:
     """A process, with a group of its own, that does `work` and says to `log` what it has to say."""
 
     def child() -> None:
+        gc.freeze()  # what the parent has left to collect (loaders, say) is not the child's to end
         os.setpgid(0, 0)
         with open(log, "ab", buffering=0) as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
+        faulthandler.enable()  # a SIGABRT has every thread say where it is
         sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
         work()
 
@@ -93,8 +97,11 @@ def finish(process: Any, expect: tuple[int, ...] = (0,), log: Path | None = None
     """Wait for the end; the exit code. Raises Differs when it is not one of those expected."""
     process.join(PATIENCE)
     if process.is_alive():
-        os.killpg(process.pid, signal.SIGKILL)
-        raise Differs(f"hangs after {PATIENCE} s")
+        os.killpg(process.pid, signal.SIGABRT)
+        process.join(5)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        raise Differs(f"hangs after {PATIENCE} s: {log.read_text()[-8000:] if log else ''}")
     if process.exitcode not in expect:
         raise Differs(f"exit {process.exitcode}, not {expect}: {log.read_text()[-800:] if log else ''}")
     return process.exitcode

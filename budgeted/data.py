@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import atexit
 import ctypes
-import multiprocessing
 import os
 import signal
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, _utils, get_worker_info
 
 from budgeted.budgets import Epoch
 from budgeted.randomness import SAMPLES, key_in, permutation, preserved, seed_cpu, seed_torch, stream
@@ -101,23 +101,23 @@ class Loader(DataLoader):
     def __iter__(self) -> Any:
         # Workers start with these signals held, as torch's own handler would end one that is not set up yet.
         held = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        _closing.clear()
         try:
-            return super().__iter__()
+            iterator = super().__iter__()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, held)
+        if self.num_workers:
+            _iterators.add(iterator)
+        return iterator
 
 
-# Set while a session closes. Until then data workers leave SIGTERM to the trainer, which saves and ends them; after
-# it they obey, or an interpreter that exits would wait for a stuck one for ever.
-_closing = multiprocessing.Event()
+_iterators: weakref.WeakSet = weakref.WeakSet()  # those of this process that have workers
+os.register_at_fork(after_in_child=_iterators.clear)
 
 
 def start_worker(worker: int = 0) -> None:
     """In a data worker: leave signals to the trainer, and end with it however it ends."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0) if _closing.is_set() else None)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     # torch's workers look for their parent every five seconds, and not while they read: Linux tells them at once.
     if hasattr(libc := ctypes.CDLL(None), "prctl"):
@@ -127,10 +127,24 @@ def start_worker(worker: int = 0) -> None:
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def let_workers_end() -> None:
-    """From now on data workers end on SIGTERM, until a loader starts again."""
-    _closing.set()
+def end_workers() -> None:
+    """End the data workers of this process at once, even those that hang; their iterators are of no use afterwards.
+
+    torch would ask them to end, wait five seconds for each, and wait for ever where one had died with a lock in hand.
+    """
+    for iterator in list(_iterators):
+        if not iterator._shutdown:
+            iterator._shutdown = True  # torch has nothing left to do
+            _utils.signal_handling._remove_worker_pids(id(iterator))  # nor to complain about
+            iterator._worker_pids_set = False
+        for worker in iterator._workers:
+            worker.kill()
+        for worker in iterator._workers:
+            worker.join()
+        if iterator._pin_memory:
+            iterator._pin_memory_thread_done_event.set()
+    _iterators.clear()
 
 
 # Ahead of multiprocessing's own exit, which sends SIGTERM to data workers that are left and then waits for them.
-atexit.register(let_workers_end)
+atexit.register(end_workers)

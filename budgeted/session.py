@@ -37,7 +37,7 @@ from budgeted import checkpoint, trackers
 from budgeted.budgets import Budget
 from budgeted.cells import RESULT_SCHEMA, now
 from budgeted.code import git_state
-from budgeted.data import STOP_SIGNALS, Batches, let_workers_end, loader
+from budgeted.data import STOP_SIGNALS, Batches, end_workers, loader
 from budgeted.distributed import World
 from budgeted.errors import UserError
 from budgeted.journal import Journal
@@ -514,7 +514,7 @@ class Session:
     def close(self) -> None:
         """Give signals and files back; safe to call at any time."""
         self._release_signals()
-        let_workers_end()
+        end_workers()
         try:
             self._saving.wait()
         except Exception as error:  # another ended the run first: this one is for run.log

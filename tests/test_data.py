@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import random
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from budgeted.budgets import Epoch
-from budgeted.data import STOP_SIGNALS, Batches, Positioned, loader
+from budgeted.data import STOP_SIGNALS, Batches, Positioned, end_workers, loader
 from budgeted.randomness import permutation, seed_all
 
 
@@ -178,3 +179,39 @@ def test_workers_leave_signals_to_the_trainer():
     assert here.poll(60) and here.recv() == 20
     trainer.join()
     assert trainer.exitcode == 0
+
+
+class Stuck(Slow):
+    def __getitem__(self, index):
+        time.sleep(1000 if index == 7 else 0)
+        return index
+
+
+def test_the_end_of_workers_waits_for_none_that_hangs():
+    here = iter(loader(Stuck(), 0, Batches(Epoch(8, 2), 0, 20), workers=2))
+    assert len(next(here)) == 2
+    processes = here._workers
+    start = time.perf_counter()
+    end_workers()
+    assert not any(process.is_alive() for process in processes) and time.perf_counter() - start < 1
+    del here  # nor does torch
+    gc.collect()
+    assert time.perf_counter() - start < 1
+    end_workers()  # a second time is no harm
+    assert sum(len(batch) for batch in loader(Slow(), 0, Batches(Epoch(8, 2), 0, 4), workers=2)) == 8
+
+
+def _forked(pipe):
+    end_workers()
+    pipe.send(True)
+
+
+def test_the_workers_of_another_process_are_let_be():
+    batches = iter(loader(Slow(), 0, Batches(Epoch(8, 2), 0, 4), workers=1))
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+    child = context.Process(target=_forked, args=(there,))
+    child.start()
+    child.join(20)
+    assert here.poll() and here.recv() and child.exitcode == 0
+    assert sum(len(batch) for batch in batches) == 8

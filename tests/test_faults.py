@@ -407,13 +407,13 @@ def test_a_failed_cell_of_a_sweep_holds_nothing(toy):
     except ZeroDivisionError as error:
         kept = error
     model = weakref.ref(run.session.model)
-    workers = set(multiprocessing.active_children()) - before
+    assert set(multiprocessing.active_children()) <= before  # its data worker has ended
     del run
     gc.collect()
-    assert model() is not None and len(workers) == 1
+    assert model() is not None
     base.let_go(kept)
     gc.collect()
-    assert model() is None and not workers & set(multiprocessing.active_children())
+    assert model() is None
 
 
 @pytest.mark.parametrize(
