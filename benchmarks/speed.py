@@ -18,6 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ from budgeted import BudgetedLR, make
 from budgeted.data import Batches, loader
 from budgeted.session import device_name
 
-REPEATS, DATA_REPEATS, RUNS = 15, 60, 5
+REPEATS, DATA_REPEATS = 15, 60
+SAVING = 60  # seconds of runs that checkpoints are measured over, at the least
 AFTER = 3  # steps after a save within which its write is over
 SAMPLES = {"imagenet_tiny": 1024, "kinetics_tiny": 80, "coco_tiny": 120, "cityscapes_tiny": 80}  # about a second each
 
@@ -102,46 +104,58 @@ def data_order(task: str, samples: int, words: Sequence[str] = ()) -> dict[str, 
 
 
 def checkpoints(task: str) -> dict[str, float]:
-    """What checkpoints every 5% cost a full run of `task`, as a share of its time: the median of RUNS runs.
+    """What checkpoints every 5% cost a full run of `task`, as a share of its time, over a minute of runs.
 
-    `share` is the time that training waited in Session.save, and what the three steps after each took longer than the
-    others, which the write in the background slowed. The last save is left out: nothing runs beside it.
+    `waits` is the median time that training waits in Session.save, in ms. `slowed` is what the three steps after it
+    take longer than the same steps of a run that does not save, in ms: medians, less that of all other steps, since
+    the write goes on beside them. The last save is not counted, as nothing runs beside it.
     """
-    found = [_costs(task) for _ in range(RUNS)]
-    mb, seconds, share = (statistics.median(column) for column in zip(*found, strict=True))
-    return {"mb": mb, "seconds": seconds, "share": share}
+    waits: list[float] = []
+    longer: dict[int, list[float]] = defaultdict(list)  # by how many steps after a save
+    seconds, saves, total = [], 0, 0.0
+    while total < SAVING:
+        mb, waited, steps = _run_with_saves(task, "5%")
+        *_, plain = _run_with_saves(task, "100%")
+        waits += waited
+        for (after, took), (_, usual) in zip(steps, plain, strict=True):
+            longer[min(after, AFTER + 1)].append(took - usual)
+            seconds.append(usual)
+        saves, total = saves + len(waited), total + sum(usual for _, usual in plain)
+    drift = statistics.median(longer.pop(AFTER + 1))
+    wait, slowed = statistics.median(waits), sum(statistics.median(found) - drift for found in longer.values())
+    step = 1e3 * statistics.median(seconds)
+    share = saves * (wait + slowed) / total
+    return {"mb": mb, "step": step, "waits": 1e3 * wait, "slowed": 1e3 * slowed, "share": share}
 
 
-def _costs(task: str) -> tuple[float, float, float]:
-    """The size of a checkpoint in MB, seconds of training, and the share of them that checkpoints cost."""
+def _run_with_saves(task: str, every: str) -> tuple[float, list[float], list[tuple[int, float]]]:
+    """A run of `task`: the MB of its checkpoint, seconds in each save, and of each step (how many after a save)."""
     from budgeted.session import Session
     from tasks import base, cli
 
     waits: list[float] = []
-    steps: list[tuple[int, float]] = []  # how many steps after a save, seconds
-    save, tick = Session.save, Session._tick
+    steps: list[tuple[int, float]] = []
+    since, save, tick = itertools.count(AFTER + 1), Session.save, Session._tick
 
     def timed(self: Session) -> None:
+        nonlocal since
         start = time.perf_counter()
         save(self)
         waits.append(time.perf_counter() - start)
-        steps.append((0, 0.0))
+        since = itertools.count(1)
 
     def ticked(self: Session) -> None:
         before = self.elapsed
         tick(self)
-        steps.append((steps[-1][0] + 1 if steps else AFTER + 1, self.elapsed - before))
+        steps.append((next(since), self.elapsed - before))
 
     with tempfile.TemporaryDirectory() as out:
         with mock.patch.object(Session, "save", timed), mock.patch.object(Session, "_tick", ticked):
-            recipe = cli.recipe((f"task={task}", "budget=100%", "task.eval_every=100%", f"out={out}"))
+            words = (f"task={task}", "budget=100%", "task.eval_every=100%", f"checkpoint.every={every}", f"out={out}")
+            recipe = cli.recipe(words)
             cli.embedded_data(recipe.cfg)
             base.train(recipe)
-        size = recipe.cell.checkpoint.stat().st_size
-    usual = statistics.mean(t for after, t in steps[AFTER:] if after > AFTER)
-    slowed = sum(t - usual for after, t in steps if 0 < after <= AFTER)
-    total = sum(t for _, t in steps)
-    return size / 1e6, total, (sum(waits[:-1]) + slowed) / total
+        return recipe.cell.checkpoint.stat().st_size / 1e6, waits[:-1], steps[AFTER:]
 
 
 def main(arguments: Sequence[str]) -> None:

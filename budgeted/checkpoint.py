@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
 import math
 import os
-import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from concurrent import futures
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,46 +40,72 @@ def tensors_sha256(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
 
 
 class Packed(NamedTuple):
-    """What a checkpoint holds, as it stood when it was packed: a text, and all tensors' bytes in one tensor (CPU).
+    """What a checkpoint holds, as it stood when it was packed: a tree for JSON, and all tensors' bytes in one (CPU).
 
     A thousand small tensors would be pickled one by one, by Python, while training waits for the interpreter.
     """
 
-    text: str
+    tree: Any
     tensors: torch.Tensor
 
-    @property
-    def digest(self) -> str:
-        """SHA-256 over all of it."""
-        digest = hashlib.sha256(self.text.encode())
-        digest.update(self.tensors.numpy())
-        return digest.hexdigest()
+    def written(self) -> dict[str, Any]:
+        """The content of the file: the tree as text, and the SHA-256 of all of it."""
+        text = json.dumps(self.tree)
+        return {"schema": SCHEMA, "digest": _digest(text, self.tensors), "text": text, "tensors": self.tensors}
 
 
-def pack(content: Any) -> Packed:
-    """Copy `content`: tensors, numbers, strings, None, and lists, tuples and dicts of these. Raises TypeError."""
+def _digest(text: str, tensors: torch.Tensor) -> str:
+    digest = hashlib.sha256(text.encode())
+    digest.update(tensors.numpy())
+    return digest.hexdigest()
+
+
+def pack(content: Any, room: torch.Tensor | None = None) -> Packed:
+    """Copy `content`: tensors, numbers, strings, None, and lists, tuples and dicts of these. Raises TypeError.
+
+    `room` are the tensors of a packed content of the past, to be overwritten: fresh memory costs more than the copy.
+    """
     pieces: list[torch.Tensor] = []
 
     def plain(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            flat = value.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+            flat = value.detach().cpu().reshape(-1).view(torch.uint8)
             pieces.append(flat)
-            shape, stride = list(value.shape), list(value.stride())
-            if stride != _strides(shape):  # where elements share memory, empty_like gives strides of its own
-                stride = list(torch.empty_like(value, device="meta").stride())
-            return {"t": [str(value.dtype)[6:], shape, stride, len(flat)]}
+            return {"t": (_name(value.dtype), value.shape, _kept(value.shape, value.stride()), flat.shape[0])}
         if isinstance(value, dict):
-            if odd := [k for k in value if not isinstance(k, str | int | float | None)]:
+            if odd := [k for k in value if not isinstance(k, _KEYS)]:
                 raise TypeError(f"{odd[0]!r} is no key that a checkpoint can hold")
-            made: dict[str, Any] = {"d": [[k, plain(v)] for k, v in value.items()]}
+            made: dict[str, Any] = {"d": [(k, v if type(v) in _LEAVES else plain(v)) for k, v in value.items()]}
             versions = getattr(value, "_metadata", None)  # of a module's state dict
             return made if versions is None else {**made, "m": plain(versions)}
         if isinstance(value, list | tuple):
-            return {"l" if isinstance(value, list) else "u": [plain(v) for v in value]}
+            return {"l" if isinstance(value, list) else "u": [v if type(v) in _LEAVES else plain(v) for v in value]}
+        if not isinstance(value, _KEYS):
+            raise TypeError(f"{type(value).__name__} is nothing that a checkpoint can hold")
         return value
 
-    text = json.dumps(plain(content))
-    return Packed(text, torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.uint8))
+    tree = plain(content)
+    if not pieces:
+        return Packed(tree, torch.empty(0, dtype=torch.uint8))
+    fits = room is not None and len(room) == sum(map(len, pieces))
+    return Packed(tree, torch.cat(pieces, out=room if fits else None))
+
+
+# Training waits while a checkpoint is packed: what is the same for each is worked out once.
+_LEAVES, _KEYS = frozenset({int, float, str, bool, type(None)}), (str, int, float, type(None))
+
+
+@functools.cache
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _kept(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The strides that a copy is to have, None in row-major order. Where elements share memory, empty_like's own."""
+    if stride == _strides(shape):
+        return None
+    return torch.empty_like(torch.empty_strided(shape, stride, device="meta")).stride()
 
 
 def unpack(packed: Packed) -> Any:
@@ -92,11 +120,9 @@ def unpack(packed: Packed) -> Any:
             dtype, shape, stride, length = value["t"]
             start, end = end, end + length
             whole = packed.tensors[start:end].clone().view(getattr(torch, dtype)).reshape(shape)
-            if length < 0 or end > len(packed.tensors) or 1 + _last(shape, stride) > max(1, whole.numel()):
+            if length < 0 or end > len(packed.tensors) or (stride and 1 + _last(shape, stride) > max(1, whole.numel())):
                 raise ValueError(f"{value} is no tensor of this file")
-            if stride != _strides(shape):
-                whole = torch.empty_strided(shape, stride, dtype=whole.dtype).copy_(whole)
-            return whole
+            return torch.empty_strided(shape, stride, dtype=whole.dtype).copy_(whole) if stride else whole
         if "d" not in value:
             return [made(v) for v in value["l"]] if "l" in value else tuple(made(v) for v in value["u"])
         found: dict[Any, Any] = OrderedDict() if "m" in value else {}
@@ -105,12 +131,13 @@ def unpack(packed: Packed) -> Any:
             found._metadata = made(value["m"])  # type: ignore[attr-defined]
         return found
 
-    return made(json.loads(packed.text))
+    return made(packed.tree)
 
 
-def _strides(shape: list[int]) -> list[int]:
+@functools.lru_cache(maxsize=1 << 14)
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Of a tensor in row-major order."""
-    return [math.prod(max(1, n) for n in shape[k + 1 :]) for k in range(len(shape))]
+    return tuple(math.prod(max(1, n) for n in shape[k + 1 :]) for k in range(len(shape)))
 
 
 def _last(shape: list[int], stride: list[int]) -> int:
@@ -121,16 +148,16 @@ def _last(shape: list[int], stride: list[int]) -> int:
 def opened(loaded: Any) -> Any:
     """What torch.load gave, unpacked where the file is one of these checkpoints."""
     ours = isinstance(loaded, dict) and loaded.get("schema") == SCHEMA and "tensors" in loaded
-    return unpack(Packed(loaded["text"], loaded["tensors"])) if ours else loaded
+    return unpack(Packed(json.loads(loaded["text"]), loaded["tensors"])) if ours else loaded
 
 
 def save(path: Path, content: dict[str, Any] | Packed) -> None:
     """Write `content` (see `pack`) to `path`; the checkpoint before it becomes *.prev.pt."""
-    packed = content if isinstance(content, Packed) else pack(content)
-    whole = {"schema": SCHEMA, "digest": packed.digest, **packed._asdict()}
+    whole = (content if isinstance(content, Packed) else pack(content)).written()
     with atomic(path, "wb") as handle:
         try:
-            torch.save(whole, handle)
+            with _without_crc():
+                torch.save(whole, handle)
         except RuntimeError as error:
             if isinstance(error.__context__, OSError):  # a full disk, of which torch says "unexpected pos 768 vs 662"
                 raise error.__context__ from None
@@ -141,31 +168,33 @@ def save(path: Path, content: dict[str, Any] | Packed) -> None:
             _keep(path)
 
 
+@contextmanager
+def _without_crc() -> Iterator[None]:
+    """The digest is the check: the zip's own, which torch.load ignores, holds up training for as long as a save."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
 class Background:
     """Work that is done in a thread while training goes on, one piece at a time."""
 
     def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._work: Future | None = None
 
     def start(self, work: Callable[[], None]) -> None:
         """Begin `work`, once what was begun before is done. Raises what that raised."""
         self.wait()
-
-        def run() -> None:
-            try:
-                work()
-            except BaseException as error:
-                self._error = error
-
-        self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
-        self._thread.start()
+        self._work = self._thread.submit(work)
 
     def join(self) -> None:
         """Wait until nothing is being done."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        if self._work is not None:
+            futures.wait([self._work])
 
     def wait(self) -> None:
         """Wait until nothing is being done. Raises what it raised, once."""
@@ -174,9 +203,9 @@ class Background:
 
     def check(self) -> None:
         """Raise what was raised, once, without waiting."""
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+        if self._work is not None and self._work.done():
+            work, self._work = self._work, None
+            work.result()
 
 
 def load(path: Path) -> dict[str, Any] | None:
@@ -229,10 +258,9 @@ def _read(path: Path) -> dict[str, Any]:
             whole = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(whole, dict) or whole.get("schema") != SCHEMA:
             raise BrokenCheckpoint("not a checkpoint of this version")
-        packed = Packed(whole["text"], whole["tensors"])
-        if whole["digest"] != packed.digest:
+        if whole["digest"] != _digest(whole["text"], whole["tensors"]):
             raise BrokenCheckpoint("its digest does not match its content")
-        content = unpack(packed)
+        content = opened(whole)
         if not isinstance(content, dict):
             raise BrokenCheckpoint("it holds no dict")
     except BrokenCheckpoint:

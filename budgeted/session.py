@@ -91,6 +91,7 @@ class Session:
         self._grad_norm: float | None = None
         self._saved_step: int | None = None
         self._saving = checkpoint.Background()
+        self._room: torch.Tensor | None = None  # what the last checkpoint was packed into
         self._ending = False  # the state is somebody else's to write
         self._final: tuple[str, dict[str, Any] | None] | None = None  # what was evaluated last: its digest, its tensors
         self._loss = self._applied_lr = math.nan
@@ -376,7 +377,9 @@ class Session:
         self._check_losses()
         if self.world.is_main:
             self._saving.wait()
-            self._saving.start(partial(self._write, checkpoint.pack(self._content()), self._state()))
+            packed = checkpoint.pack(self._content(), self._room)
+            self._saving.start(partial(self._write, packed, self._state()))
+            self._room = packed.tensors
         self._last_save = time.perf_counter()
         self._mark += self._last_save - start  # saving is no training time
 
