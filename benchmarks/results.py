@@ -67,15 +67,20 @@ def amount(budget: str) -> tuple[str, float]:
     5% -> ("fraction", .05), 45min -> ("clock", 45), 3h -> ("clock", 180), 8gpuh -> ("gpuh", 8);
     it, ep and im -> ("fraction", NaN): only result.json knows their fraction.
     """
-    match = AMOUNT.fullmatch(budget)
-    if not match:
-        raise BadFile(f"budget {clean(budget, 40)!r} is not an amount")
-    size, unit = float(match[1]), match[2].lower()
+    size, unit = written(budget)
     if unit == "%":
         return "fraction", size / 100
     if unit == "h":
         size *= 60
     return FAMILY.get(unit, "fraction"), size if unit in FAMILY else math.nan
+
+
+def written(budget: str) -> tuple[float, str]:
+    """(number, unit) of an amount as written, the unit in lower case. BadFile for anything else."""
+    match = AMOUNT.fullmatch(budget)
+    if not match:
+        raise BadFile(f"budget {clean(budget, 40)!r} is not an amount")
+    return float(match[1]), match[2].lower()
 
 
 # ---- checking one file

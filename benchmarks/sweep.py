@@ -40,7 +40,9 @@ def run(words: Sequence[str], launcher: Any, batch: int | None) -> int:
         return 2
     states = _states(recipes)
     counts = Counter(states)
-    log.info("%d cells: %s", len(jobs), ", ".join(f"{n} {s}" for s, n in sorted(counts.items())))
+    log.info(
+        "%d cell%s: %s", len(jobs), "s" * (len(jobs) != 1), ", ".join(f"{n} {s}" for s, n in sorted(counts.items()))
+    )
     _warn_of_other_roots([recipe for recipe, state in zip(recipes, states, strict=True) if state == "done"])
     todo = [k for k, state in enumerate(states) if state not in ("done", "running", "queued")]
     if not todo:

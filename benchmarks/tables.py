@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.published import RECIPES, Published, beside
-from benchmarks.results import BadFile, Entry, amount, clean
+from benchmarks.results import BadFile, Entry, amount, clean, written
 from benchmarks.statistics import Summary, mean_ranks, paired, summarize
 
 PAIR = ("linear", "step")  # the comparison of the paper
@@ -171,7 +171,7 @@ def _grid(
         else:
             square.states[entry.state] += 1
     position = _positions({b for _, b in squares}, entries, family)
-    budgets = sorted(position, key=lambda b: (math.isnan(position[b]), position[b], b))
+    budgets = sorted(position, key=lambda b: (math.isnan(position[b]), position[b], written(b)))
     schedules = sorted({s for s, _ in squares}, key=_known)
     for schedule in schedules:
         for budget in budgets:
@@ -195,11 +195,18 @@ def _by_rank(grid: Grid) -> list[str]:
 
 
 def _positions(budgets: set[str], entries: list[Entry], family: str) -> dict[str, float]:
-    """Budget -> place on its axis: the amount as written; for it, ep, im the fraction that a run recorded."""
+    """Budget -> place on its axis: the amount as written; for it, ep, im the fraction that a run recorded, or what
+    follows from a run of another budget in that unit. NaN where no run says."""
     position = {b: amount(b)[1] for b in budgets}
+    each: dict[str, float] = {}  # unit -> the fraction that one of it is
     for entry in entries:
         if entry.result and math.isnan(position[entry.cell.budget]):
-            position[entry.cell.budget] = entry.result["budget.fraction"]
+            fraction = position[entry.cell.budget] = entry.result["budget.fraction"]
+            size, unit = written(entry.cell.budget)
+            each[unit] = fraction / size if size else math.nan
+    for budget in (b for b in budgets if math.isnan(position[b])):
+        size, unit = written(budget)
+        position[budget] = size * each.get(unit, math.nan)
     return position
 
 

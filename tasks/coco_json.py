@@ -28,7 +28,8 @@ def summary(name: str, root: Path) -> Data:
         odd = sorted(set(train["classes"]) ^ set(val["classes"]))
         what = f"train and val do not have the same categories{': ' + some(odd) if odd else ' by id'}"
         raise wrong(root, what, "both json files need the same list")
-    return Data(name, root, train["annotated"], len(val["files"]), tuple(train["classes"]))
+    bare = len(train["files"]) - train["annotated"]
+    return Data(name, root, train["annotated"], len(val["files"]), tuple(train["classes"]), left_out=bare)
 
 
 def _split(root: Path, split: str) -> dict[str, Any]:

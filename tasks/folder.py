@@ -15,7 +15,10 @@ SPLITS = ("train", "val")
 
 @dataclass(frozen=True)
 class Data:
-    """A training set and its validation set. missing: paths that are listed but absent or unreadable."""
+    """A training set and its validation set. missing: paths that are listed but absent or unreadable.
+
+    left_out: how many training images the upstream does not train on, as nothing is annotated in them.
+    """
 
     name: str
     root: Path
@@ -23,6 +26,7 @@ class Data:
     n_val: int
     classes: tuple[str, ...]
     missing: tuple[str, ...] = ()
+    left_out: int = 0
 
 
 def wrong(root: Path, what: str, fix: str) -> UserError:

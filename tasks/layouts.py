@@ -53,7 +53,9 @@ def inspect(cfg: Mapping[str, Any]) -> Data:
     except OSError as error:
         raise wrong(root, f"{error.filename} cannot be read ({error.strerror})", "mend its permissions") from None
     keep = cfg["data"].get("subset")
-    return data if keep is None else replace(data, n_train=len(subset(data.n_train, keep)))
+    if keep is not None and keep > data.n_train:
+        raise UserError(f"data.subset={keep}: {root} has {data.n_train} training samples")
+    return data if keep is None else replace(data, n_train=keep)
 
 
 def check(cfg: Mapping[str, Any], sample: int = 32, seconds: float = 4.0) -> tuple[Data, list[str], int]:

@@ -109,6 +109,9 @@ def check(cfg: Any, choices: Choices) -> None:
     data, findings, decoded = layouts.check(plain)
     log.info("%s in %s: %d training, %d validation samples, %d classes, %d missing",
              data.name, data.root, data.n_train, data.n_val, len(data.classes), len(data.missing))  # fmt: skip
+    if data.left_out:
+        log.info("not among them: %d training images in which nothing is annotated, left out as upstream does",
+                 data.left_out)  # fmt: skip
     for line in findings:
         log.warning("%s", line)
     looked = f"all listed, {decoded} of them decoded" if decoded else "all listed, none to decode"

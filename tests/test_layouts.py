@@ -98,7 +98,9 @@ def test_subset_is_fixed_and_nested():
 
 def test_subset_counts(tmp_path):
     assert look(folders(tmp_path), "classification", subset=4).n_train == 4
-    assert look(tmp_path, "classification", subset=400).n_train == 6
+    assert look(tmp_path, "classification", subset=6).n_train == 6
+    with pytest.raises(UserError, match=r"data\.subset=400: .* has 6 training samples"):
+        look(tmp_path, "classification", subset=400)
 
 
 # Class folders.
@@ -331,7 +333,8 @@ def test_coco_counts(tmp_path):
 
 
 def test_coco_trains_on_images_with_an_object_that_is_no_crowd(tmp_path):
-    assert look(coco(tmp_path, annotations=[*row(), *row(id=8, image_id=2, iscrowd=1)]), "detection").n_train == 1
+    data = look(coco(tmp_path, annotations=[*row(), *row(id=8, image_id=2, iscrowd=1)]), "detection")
+    assert (data.n_train, data.left_out) == (1, 1)
 
 
 TRAIN = "annotations/instances_train2017.json"

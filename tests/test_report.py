@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import os
 import random
 import shutil
@@ -129,6 +130,18 @@ def test_budgets_sort_by_share_and_clocks_stand_apart(tmp_path):
         ("clock", ["45min", "2h"]),
         ("gpuh", ["8gpuh"]),
     ]
+
+
+def test_an_unfinished_budget_has_its_place_by_another_of_its_unit(tmp_path):
+    data = run("imagenet", "linear", "1%", 0, 0.5)
+    data["budget"] = {"amount": "900it", "fraction": 0.02, "iterations": 900, "full_iterations": 45000}
+    write_run(tmp_path, data)
+    put(tmp_path, "imagenet", "linear", "1%", 0, 0.5)
+    for budget in ("100it", "2000it", "10ep", "9ep"):
+        state(tmp_path, f"imagenet/linear/{budget}/s0")
+    (grid,), _ = tables.grids(scan(tmp_path))
+    assert grid.budgets == ["100it", "1%", "900it", "2000it", "9ep", "10ep"]
+    assert grid.position["2000it"] == pytest.approx(2000 / 45000) and math.isnan(grid.position["9ep"])
 
 
 @pytest.mark.parametrize(
