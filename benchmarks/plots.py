@@ -45,8 +45,9 @@ def style(schedule: str) -> tuple[str, str]:
 
 
 def plain(text: str, limit: int = 24) -> str:
-    """Text that matplotlib draws as it is: no math mode."""
-    return (text if len(text) <= limit else text[: limit - 1] + "…").replace("$", r"\$")
+    """Text that matplotlib draws as it is: no math mode. A long one loses its middle: names differ at their ends."""
+    half = (limit - 1) // 2
+    return (text if len(text) <= limit else f"{text[: limit - 1 - half]}…{text[-half:]}").replace("$", r"\$")
 
 
 def _axes(height: float = TALL, right: float = 0.80) -> tuple[Figure, Axes]:

@@ -601,3 +601,9 @@ def test_ten_thousand_results(tmp_path):
     seconds, kilobytes = map(float, done.stdout.split())
     assert seconds < 20 and kilobytes < 1024 * 1024
     assert "<b>10,000</b> done" in (tmp_path / "report/index.html").read_text()
+
+
+def test_cut_labels_can_be_told_apart():
+    assert plots.plain("linear", 14) == "linear" and plots.plain("a$", 14) == r"a\$"
+    cut = {plots.plain(f"onecycle pct_start=0.{k}", 14) for k in range(1, 5)}
+    assert len(cut) == 4 and {len(label) for label in cut} == {14}
