@@ -231,7 +231,7 @@ def killed(options: Options) -> Iterator[str]:
         words, rng = words_of(task, options), random.Random(f"{task} {options.seed}")
         one = whole(words, options.out / f"{task}-whole")
         hit: Counter[int] = Counter()
-        lingering = 0.0
+        lingering, groups = 0.0, []
         for trial in range(options.n or 20):
             out = options.out / f"{task}-{trial}"
             for number in sorted(rng.randrange(len(one.lines)) for _ in range(2)):
@@ -240,11 +240,14 @@ def killed(options: Options) -> Iterator[str]:
                     time.sleep(rng.uniform(0, one.pace))
                     kill(process)
                     hit[count(directory(out) / "metrics.jsonl")] += 1
+                    groups.append(process.pid)
                     if trial < 3:  # later ones are resumed at once, beside the data workers of the dead
                         lingering = max(lingering, last_one_gone(process.pid))
             to_the_end((*words, workers(rng), f"out={out}"), out.with_suffix(".log"))
             one.agrees(directory(out))
             shutil.rmtree(out)
+        for group in groups:
+            last_one_gone(group)
         yield (
             f"{task}: {trial + 1} runs, {hit.total()} kills after {len(hit)} different lines of {len(one.lines)}, "
             f"none differs; data workers outlived them by at most {lingering:.1f} s"

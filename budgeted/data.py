@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import multiprocessing
 import os
 import signal
 import weakref
@@ -122,6 +123,9 @@ def start_worker(worker: int = 0) -> None:
     # torch's workers look for their parent every five seconds, and not while they read: Linux tells them at once.
     if hasattr(libc := ctypes.CDLL(None), "prctl"):
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    trainer, forked = multiprocessing.parent_process(), multiprocessing.get_start_method() == "fork"
+    if forked and trainer is not None and trainer.pid != os.getppid():  # killed before that, so nobody was told
+        os._exit(1)
 
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h

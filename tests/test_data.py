@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from budgeted.budgets import Epoch
-from budgeted.data import STOP_SIGNALS, Batches, Positioned, end_workers, loader
+from budgeted.data import STOP_SIGNALS, Batches, Positioned, end_workers, loader, start_worker
 from budgeted.randomness import permutation, seed_all
 
 
@@ -215,3 +215,31 @@ def test_the_workers_of_another_process_are_let_be():
     child.join(20)
     assert here.poll() and here.recv() and child.exitcode == 0
     assert sum(len(batch) for batch in batches) == 8
+
+
+def _orphan(pipe):
+    trainer = os.getppid()
+    while os.getppid() == trainer:
+        time.sleep(0.01)
+    pipe.send(os.getpid())
+    start_worker()
+    pipe.send("it goes on")
+
+
+def _parent(pipe):
+    multiprocessing.get_context("fork").Process(target=_orphan, args=(pipe,), daemon=True).start()
+    pipe.send(True)
+    time.sleep(1000)
+
+
+def test_a_worker_whose_trainer_died_before_it_began_ends():
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe(duplex=False)
+    trainer = context.Process(target=_parent, args=(there,))
+    trainer.start()
+    there.close()
+    assert here.recv()
+    trainer.kill()
+    assert here.recv() > 0
+    with pytest.raises(EOFError):
+        here.recv()
