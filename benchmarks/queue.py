@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import shutil
 import subprocess
 from collections.abc import Collection
@@ -35,16 +36,28 @@ class Queue:
     jobs: dict[str, Job]
     submitted: frozenset[str]
 
+    def job_of(self, cell: str, state: str, wrote: str | None) -> Job | None:
+        """The job that will go on with a cell whose state `wrote` (a job's number) has written; None if none will."""
+        job = self.jobs.get(cell)
+        if job is None or state == "done" or job.waits:
+            return None if state == "done" else job
+        # It runs: it has said so, or is yet to, or has recorded a failure and is ending.
+        ending = state == "failed" and job.id == wrote
+        return None if state == "running" or ending else job
 
-def read(out: Path) -> Queue:
-    """The queue of all sweeps under `out`; empty where there is no SLURM or it does not answer. Calls squeue once."""
+
+def read(out: Path) -> Queue | None:
+    """The queue of all sweeps under `out`, empty where none went to SLURM; None where squeue does not answer.
+
+    Calls squeue once.
+    """
     submitted: dict[str, str] = {}  # job to cell, the newest sweep last
     folders = sorted((out / FOLDER).glob("*")) if shutil.which("squeue") else []
     for folder in folders:
         submitted.update(zip(_jobs(folder), _cells(folder), strict=False))
     alive = _squeue({job.split("_")[0] for job in submitted}) if submitted else {}
     if alive is None:
-        return Queue({}, frozenset())
+        return None
     return Queue({cell: alive[job] for job, cell in submitted.items() if job in alive}, frozenset(submitted))
 
 
@@ -82,4 +95,15 @@ def _squeue(numbers: Collection[str]) -> dict[str, Job] | None:
     if done.returncode and "Invalid job id" not in done.stderr:  # it fails where it has forgotten them all
         return None
     fields = (line.split("|", 2) for line in done.stdout.splitlines())
-    return {f[0]: Job(*f) for f in fields if len(f) == 3}
+    return {f[0]: Job(*f) for f in fields if len(f) == 3 and f[1] != "COMPLETING"}
+
+
+@functools.cache
+def largest_array() -> int:
+    """The most jobs that SLURM takes in one array, 1001 unless the cluster says otherwise."""
+    try:
+        done = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return 1001
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", done.stdout, re.MULTILINE)
+    return int(found[1]) if found else 1001

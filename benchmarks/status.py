@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +16,7 @@ from benchmarks.results import BadFile, Cell, Entry, cell_of, clean, last_step, 
 if TYPE_CHECKING:
     from rich.console import Group
 
+log = logging.getLogger("budgeted")
 Row = dict[str, Any]
 STATES = ("failed", "died", "unreadable", "running", "queued", "missing", "partial", "done")
 COLOURS = {
@@ -38,6 +42,9 @@ def rows(out: Path) -> list[Row]:
     """
     out = Path(out)
     known = queue.read(out)  # before the disk: what ends in between is seen as done
+    if known is None:
+        log.warning("squeue does not answer: what waits in SLURM's queue is not shown")
+        known = queue.Queue({}, frozenset())
     found = [_row(entry) for entry in scan(out)]
     for row in found:
         _look_up(row, known, out)
@@ -58,10 +65,26 @@ def rows_of(directories: Sequence[Path], out: Path) -> list[Row]:
     ]
 
 
+def show(read: Callable[[], Sequence[Row]], watch: float | None) -> None:
+    """Print the table of what `read` gives, again every `watch` seconds, until Ctrl-C, where that is given."""
+    from rich.live import Live
+
+    from benchmarks import console
+
+    if not watch:
+        console().print(render(read()))
+        return
+    with suppress(KeyboardInterrupt), Live(render(read()), refresh_per_second=4) as live:
+        while True:
+            time.sleep(watch)
+            live.update(render(read()))
+
+
 def _look_up(row: Row, known: queue.Queue, out: Path) -> None:
     """Correct a state by what SLURM says of the cell's job."""
-    job = known.jobs.get(str(row["path"].relative_to(out)))
-    if job and row["state"] != "done" and (row["state"] != "running" or job.waits):
+    name = str(row["path"].relative_to(out))
+    job = known.jobs.get(name)
+    if known.job_of(name, row["state"], row["job"]):
         row |= {"state": "queued", "job": job.id, "note": _why(job)}
     elif row["state"] == "running" and row["job"] in known.submitted and not (job and job.id == row["job"]):
         row |= {"state": "died", "note": f"job {row['job']} is gone"}

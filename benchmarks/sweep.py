@@ -35,10 +35,10 @@ def run(words: Sequence[str], launcher: Any, batch: int | None) -> int:
             trackers.require(recipe.cfg["tracker"])
         if _kind(launcher) == "slurm" and not shutil.which("srun"):
             raise UserError("hydra/launcher=slurm: there is no srun here; submit from a login node of the cluster")
+        states = _states(recipes, _kind(launcher))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    states = _states(recipes)
     counts = Counter(states)
     log.info(
         "%d cell%s: %s", len(jobs), "s" * (len(jobs) != 1), ", ".join(f"{n} {s}" for s, n in sorted(counts.items()))
@@ -52,16 +52,28 @@ def run(words: Sequence[str], launcher: Any, batch: int | None) -> int:
     return _gather([recipes[k] for k in todo])
 
 
-def _states(recipes: Sequence[Recipe]) -> list[str]:
-    """The state of every cell; `queued` where SLURM will run it, or has just begun to."""
+def _states(recipes: Sequence[Recipe], kind: str) -> list[str]:
+    """The state of every cell; `queued` where SLURM will run it, or has just begun to. Raises UserError."""
     from benchmarks import queue
 
-    waiting = queue.read(recipes[0].cell.out).jobs
+    waiting = queue.read(recipes[0].cell.out)
+    if waiting is None:
+        unknown = "squeue does not answer: which of these cells wait in SLURM's queue already is not known"
+        if kind == "slurm":
+            raise UserError(f"{unknown}; try again once it does")
+        log.warning(unknown)
     states = [r.cell.state for r in recipes]
+    if waiting is None or not waiting.jobs:
+        return states
     return [
-        "queued" if state not in ("done", "running") and r.cell.name in waiting else state
+        "queued" if waiting.job_of(r.cell.name, state, _said(r, "job")) else state
         for state, r in zip(states, recipes, strict=True)
     ]
+
+
+def _said(recipe: Recipe, key: str) -> Any:
+    """What the cell's state.json holds under `key`."""
+    return (read_json(recipe.cell.directory / "state.json") or {}).get(key)
 
 
 def _warn_of_other_roots(done: Sequence[Recipe]) -> None:
@@ -87,12 +99,13 @@ def _mode(words: Sequence[str]) -> str:
 
 
 def _show(mode: str, recipes: list[Recipe]) -> int:
-    from benchmarks import console, plan, status
+    from benchmarks import plan, status
 
     if mode == "plan":
         plan.show(recipes)
     elif mode == "status":
-        console().print(status.render(status.rows_of([r.cell.directory for r in recipes], recipes[0].cell.out)))
+        directories, out = [r.cell.directory for r in recipes], recipes[0].cell.out
+        status.show(lambda: status.rows_of(directories, out), recipes[0].cfg["watch"])
     else:
         raise UserError(f"mode={mode}: takes one cell at a time: leave out -m")
     return 0
@@ -101,11 +114,12 @@ def _show(mode: str, recipes: list[Recipe]) -> int:
 def _launch(jobs: Sequence[tuple[str, ...]], recipes: Sequence[Recipe], launcher: Any, batch: int | None) -> None:
     """Hand the cells to the launcher, `batch` at a time, and come back when none of them runs any more."""
     folder, kind, out = submission.record(jobs, recipes, launcher), _kind(launcher), recipes[0].cell.out
-    if kind == "joblib":
-        devices.share_threads(launcher.joblib["n_jobs"])
+    size = batch or _at_once(kind, recipes)
+    if kind in ("joblib", "local"):
+        devices.share_threads(launcher.joblib["n_jobs"] if kind == "joblib" else min(size, len(jobs)))
+        devices.share_gpus()
     if kind == "slurm":
         log.info("logs: %s; watch it: python run.py mode=status watch=5 out=%s", folder, shlex.quote(str(out)))
-    size = batch or (devices.cells_at_once(recipes[0].cfg["device"]) if kind == "local" else len(jobs))
     todo, tries = list(range(len(jobs))), TRIES
     while todo and tries:
         whole = all([_launched(todo[k : k + size], jobs, recipes, launcher) for k in range(0, len(todo), size)])
@@ -115,6 +129,15 @@ def _launch(jobs: Sequence[tuple[str, ...]], recipes: Sequence[Recipe], launcher
             return
         tries = TRIES if len(left) < len(todo) else tries - 1
         todo = left
+
+
+def _at_once(kind: str, recipes: Sequence[Recipe]) -> int:
+    """How many cells the launcher is handed at once: it starts all of them, or queues them as one array."""
+    from benchmarks import queue
+
+    if kind == "local":
+        return devices.cells_at_once(recipes[0].cfg["device"])
+    return queue.largest_array() if kind == "slurm" else len(recipes)
 
 
 def _kind(launcher: Any) -> str:
@@ -136,23 +159,22 @@ def _wait_for(cells: set[str], out: Path) -> None:
     """A launcher that gives up on one cell leaves the others in SLURM's queue."""
     from benchmarks import queue
 
-    while cells & set(queue.read(out).jobs):
+    while (known := queue.read(out)) is None or cells & set(known.jobs):
         time.sleep(5)
 
 
 def _gather(recipes: list[Recipe]) -> int:
     """What became of the cells that were launched, as the disk says: launchers do not always know."""
-    states = _states(recipes)
-    over = ("done", "running", "queued")
-    unfinished = [r.cell for r, state in zip(recipes, states, strict=True) if state not in over]
+    states = [r.cell.state for r in recipes]
+    unfinished = [r for r, state in zip(recipes, states, strict=True) if state not in ("done", "running")]
     log.info("%d of %d cells done", states.count("done"), len(recipes))
-    for cell in unfinished:
-        said = (read_json(cell.directory / "state.json") or {}).get("error")
-        log.error("%s: %s%s", cell.name, cell.state, f": {said}" if said else "")
+    for recipe in unfinished:
+        why = _said(recipe, "error")
+        log.error("%s: %s%s", recipe.cell.name, recipe.cell.state, f": {why}" if why else "")
     if unfinished:
         log.error(
-            "the same command tries these %d again; %s/*/run.log says more",
+            "the same command tries these %d again; run.log in their folders, such as %s, says more",
             len(unfinished),
-            Path(recipes[0].cell.out),
+            unfinished[0].cell.directory,
         )
     return 1 if unfinished else 0

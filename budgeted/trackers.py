@@ -66,9 +66,13 @@ class WandB:
         project = os.environ.get("WANDB_PROJECT", PROJECT)
         where = str(cell.directory)
         self.run = wandb.init(project=project, id=name, resume="allow", name=cell.name, config=cfg, dir=where)
+        self.run.define_metric("*", step_metric="step")
 
     def write(self, values: dict[str, float], step: int) -> None:
-        self.run.log(values, step=step)  # steps that it has already it leaves as they are: they come out the same
+        # Its own count never goes back: what it has already it leaves as it is, and that comes out the same. An
+        # evaluation has a number of its own, as it may be made by another process than the step before it.
+        evaluation = any(name.startswith("eval/") for name in values)
+        self.run.log({**values, "step": step}, step=2 * step + evaluation)
 
     def close(self, done: bool) -> None:
         self.run.finish(exit_code=0 if done else 1)

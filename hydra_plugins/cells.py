@@ -54,6 +54,7 @@ class CellsSweeper(BasicSweeper):
         assert self.config is not None and self.launcher is not None
         named = {k: str(v) for k, v in self.params.items()}
         for word in arguments:  # the command line goes before the named sweep
-            named.pop(word.lstrip("+").split("=", 1)[0], None)
+            key = word.lstrip("+").split("=", 1)[0]
+            named.pop("budget" if key == "budget.amount" else key, None)
         words = [*(f"{k}={v}" for k, v in named.items()), *arguments]
         sys.exit(sweep.run(words, self.launcher, self.max_batch_size))

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import IO
 
 log = logging.getLogger("budgeted")
+SHARED = "BUDGETED_GPUS"  # the GPUs of a sweep's driver, for jobs from which a launcher hides them
 _held: IO | None = None  # the lock of this process's GPU, for as long as the process lives
 
 
 def gpus() -> list[str]:
     """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES would name them."""
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    given = os.environ.get(SHARED, os.environ.get("CUDA_VISIBLE_DEVICES"))
     if given is not None:
         return [g for g in given.split(",") if g]
     if not shutil.which("nvidia-smi"):
@@ -39,6 +40,11 @@ def cells_at_once(device: str = "auto") -> int:
 def cores() -> int:
     """Those that this process may run on."""
     return len(os.sched_getaffinity(0))
+
+
+def share_gpus() -> None:
+    """Let the processes started from here claim any GPU that this one may use."""
+    os.environ[SHARED] = ",".join(gpus())
 
 
 def share_threads(jobs: int) -> None:

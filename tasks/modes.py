@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -33,7 +32,7 @@ def train(cfg: Any, choices: Choices) -> float | None:
     recipe = cli.recipe_of(cfg, choices)
     trackers.require(recipe.cfg["tracker"])
     cli.embedded_data(recipe.cfg)
-    if choices.get("hydra/launcher") == "joblib" and recipe.cfg["device"] != "cpu":
+    if recipe.cfg["device"] != "cpu" and _shares_gpus(choices.get("hydra/launcher")):
         devices.claim_gpu()
     from tasks import base
 
@@ -61,6 +60,13 @@ def train(cfg: Any, choices: Choices) -> float | None:
     return reported["value"]
 
 
+def _shares_gpus(launcher: str | None) -> bool:
+    """Do the jobs of this launcher take a GPU each by themselves? submitit's local ones get theirs where it is told."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return launcher == "joblib" or (launcher == "submitit_local" and not HydraConfig.get().launcher.gpus_per_node)
+
+
 def plan(cfg: Any, choices: Choices) -> None:
     """Print what one cell would cost, and its state."""
     from benchmarks.plan import show
@@ -71,19 +77,10 @@ def plan(cfg: Any, choices: Choices) -> None:
 
 def status(cfg: Any, choices: Choices) -> None:
     """Print the state of every cell under `out`, again every `watch` seconds where that is given."""
-    from rich.live import Live
-
-    from benchmarks import console
-    from benchmarks.status import render, rows
+    from benchmarks.status import rows, show
 
     out = existing(cfg.out)
-    if not cfg.watch:
-        console().print(render(rows(out)))
-        return
-    with suppress(KeyboardInterrupt), Live(render(rows(out)), refresh_per_second=4) as live:
-        while True:
-            time.sleep(cfg.watch)
-            live.update(render(rows(out)))
+    show(lambda: rows(out), cfg.watch)
 
 
 def report(cfg: Any, choices: Choices) -> None:

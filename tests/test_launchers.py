@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import queue, status
+from benchmarks import queue, status, sweep
 from budgeted import code
 from budgeted.cells import Cell
 from budgeted.errors import UserError
@@ -158,6 +158,16 @@ def test_without_a_gpu_the_cores_are_shared_out(monkeypatch):
     assert devices.cells_at_once("auto") == 3 and devices.cells_at_once("cpu") == 12
 
 
+def test_jobs_from_which_gpus_are_hidden_find_those_of_the_driver(monkeypatch, tmp_path):
+    monkeypatch.setenv(devices.SHARED, "")
+    monkeypatch.delenv(devices.SHARED)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    monkeypatch.setattr(devices, "_held", None)
+    devices.share_gpus()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # what submitit's local jobs start with
+    assert devices.claim_gpu(tmp_path) == "4" == os.environ["CUDA_VISIBLE_DEVICES"]
+
+
 # -- what was submitted -------------------------------------------------------------------------------------
 
 
@@ -250,4 +260,53 @@ def test_jobs_belong_to_cells_by_their_order_over_several_arrays(submitted, tmp_
         (submitted / f"{name}_submitted.pkl").touch()
     pretend(tmp_path, monkeypatch, "9_1|PENDING|Resources\n10|PENDING|Priority\n77_3|RUNNING|None")
     jobs = queue.read(tmp_path).jobs
+    assert queue.read(tmp_path).submitted == {"9_0", "9_1", "10"}
     assert {name[-2:]: job.id for name, job in jobs.items()} == {"s1": "9_1", "s2": "10"}
+
+
+def test_who_goes_on_with_a_cell(submitted, tmp_path, monkeypatch):
+    """A job that is ending after its cell failed does not; the next attempt's job, which has only begun, does."""
+    for k in range(3):
+        (submitted / f"12_{k}_submitted.pkl").touch()
+    pretend(tmp_path, monkeypatch, "12_0|RUNNING|None\n12_1|PENDING|Priority\n12_2|COMPLETING|None")
+    known = queue.read(tmp_path)
+    first, second, third = (f"imagenet_tiny/linear/10%/s{k}" for k in range(3))
+    asked = {
+        (first, "failed", "12_0"): None,
+        (first, "failed", "7_3"): "12_0",
+        (first, "missing", None): "12_0",
+        (first, "partial", "12_0"): "12_0",  # requeued
+        (first, "running", "12_0"): None,
+        (first, "done", "12_0"): None,
+        (second, "failed", "12_1"): "12_1",
+        (second, "done", "12_1"): None,
+        (third, "failed", "12_2"): None,
+    }
+    found = {words: known.job_of(*words) for words in asked}
+    assert {words: job and job.id for words, job in found.items()} == asked
+
+
+def test_a_queue_that_does_not_answer_is_not_an_empty_one(submitted, tmp_path, monkeypatch, capsys):
+    (submitted / "12_0_submitted.pkl").touch()
+    pretend(tmp_path, monkeypatch, "", fails="slurm_load_jobs error: Socket timed out on send/recv operation")
+    assert queue.read(tmp_path) is None
+
+    class Slurm:
+        _EXECUTOR = "slurm"
+
+        def launch(self, *words: object, **more: object) -> None:
+            raise AssertionError("a cell that may be queued already was submitted")
+
+    (tmp_path / "bin" / "srun").write_text("#!/bin/sh\n")
+    (tmp_path / "bin" / "srun").chmod(0o755)
+    assert sweep.run(["seed=0", f"out={tmp_path}"], Slurm(), None) == 2
+    assert "error: squeue does not answer" in capsys.readouterr().err
+
+
+def test_an_array_is_no_larger_than_the_cluster_takes(tmp_path, monkeypatch):
+    pretend(tmp_path, monkeypatch, "")
+    (tmp_path / "bin" / "scontrol").write_text("#!/bin/sh\necho 'MaxArraySize            = 40'\n")
+    (tmp_path / "bin" / "scontrol").chmod(0o755)
+    queue.largest_array.cache_clear()
+    assert queue.largest_array() == 40
+    queue.largest_array.cache_clear()

@@ -63,7 +63,8 @@ def test_no_tracker_writes_nothing(toy):
 
 
 class Wandb(types.ModuleType):
-    """As much of wandb as we use: init, and a run's log and finish."""
+    """As much of wandb as we use: init, and a run's define_metric, log and finish. Like wandb's own, a run keeps what
+    it was sent first of a step, and nothing of a step below the last."""
 
     def __init__(self) -> None:
         super().__init__("wandb")
@@ -75,8 +76,12 @@ class Wandb(types.ModuleType):
         self.started.append(words)
         return self
 
+    def define_metric(self, name: str, step_metric: str) -> None:
+        assert (name, step_metric) == ("*", "step")
+
     def log(self, values: dict, step: int) -> None:
-        self.logged.append((step, values))
+        if step > (self.logged[-1][0] if self.logged else -1):
+            self.logged.append((step, values))
 
     def finish(self, exit_code: int) -> None:
         self.finished.append(exit_code)
@@ -92,14 +97,27 @@ def test_wandb_goes_on_with_the_run_it_began(toy, monkeypatch):
     assert one["id"] == two["id"] and one["resume"] == two["resume"] == "allow"
     assert one["name"] == "toy/linear/20it/s0" and one["config"]["task"]["lr"] == 0.1
     assert service.finished == [1, 0]  # the one that was cut off is not shown as finished
-    last = {step: values for step, values in service.logged if "train/loss" in values}
-    assert sorted(last) == list(range(20))
-    assert [last[k]["train/loss"] for k in range(20)] == [v for _, v in wanted(run)["train/loss"]]
+    expected = wanted(run)
+    expected.pop("train/seconds")  # each process's own
+    for name, values in expected.items():
+        assert [(v["step"], v[name]) for _, v in service.logged if name in v] == values, name
+
+
+def test_wandb_has_the_evaluation_that_a_stopped_run_owed(toy, monkeypatch):
+    """Stopped within the evaluation after step 9, whose row it has: the next process makes the evaluation."""
+    service = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", service)
+    first = tracked(lambda: toy(scores=[]), "wandb")
+    with pytest.raises(IndexError):
+        first.train()
+    assert service.logged[-1][1]["step"] == 9 and "train/loss" in service.logged[-1][1]
+    tracked(toy, "wandb").train()
+    assert [v["step"] for _, v in service.logged if "eval/top1" in v] == [9, 19]
 
 
 def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(toy, monkeypatch, said):
     service = Wandb()
-    service.log = lambda values, step: 1 / 0 if step == 5 else None  # type: ignore[method-assign]
+    service.log = lambda values, step: 1 / 0 if values["step"] == 5 else None  # type: ignore[method-assign]
     monkeypatch.setitem(sys.modules, "wandb", service)
     run = tracked(toy, "wandb")
     assert run.train()["status"] == "done"

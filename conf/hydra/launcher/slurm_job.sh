@@ -11,13 +11,17 @@ if [ -n "$SLURM_CPUS_PER_TASK" ]; then
 fi
 export BUDGETED_BAR=0
 
-# A worker that was killed, by kill -9 or for memory, or was told to stop by other than SLURM: the same job goes on
-# from its checkpoint, three times at most. An error of Python's ends in less than 128, and would only come again. A
-# job that SLURM has cancelled or requeued itself is not running any more.
+# A worker that was killed, by kill -9 or for memory: the same job goes on from its checkpoint, three times at most. One
+# that was told to stop by other than its own signal, as a preemption does where SLURM is not set to send that, has
+# saved and may come back as often as it is told. An error of Python's ends in less than 128, and would only come
+# again. A job that SLURM has cancelled or requeued itself is not running any more.
 go_on_if_killed() {
   local code=$? count="$logs/$SLURM_JOB_ID.killed"
   [ "$code" -ge 128 ] && [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ] || return 0
-  echo "$(date -u +%FT%TZ) srun ended with $code" >>"$count"
-  [ "$(wc -l <"$count")" -le 3 ] && scontrol requeue "$SLURM_JOB_ID"
+  if [ "$code" -ne $((128 + 15)) ]; then
+    echo "$(date -u +%FT%TZ) srun ended with $code" >>"$count"
+    [ "$(wc -l <"$count")" -le 3 ] || return 0
+  fi
+  scontrol requeue "$SLURM_JOB_ID"
 }
 trap go_on_if_killed EXIT
