@@ -60,10 +60,34 @@ class Recipe:
         """How many periods of `amount` are over after a number of steps, or at a progress: see `periods`."""
         return periods(amount, total, self.epoch)
 
+    @property
+    def work(self) -> str:
+        """Six hex digits over what a training sample and an evaluation cost: runs that share them share their prices."""
+        task, data = self.fields["task"], self.fields.get("data", {})
+        return signature(
+            {
+                "task": {k: v for k, v in task.items() if k not in _COSTS_NOTHING},
+                "data": {k: data.get(k) for k in ("val", "classes")},
+                **{k: self.fields.get(k) for k in ("precision", "micro_batch")},
+                **{
+                    k: self.cfg.get(k, False) for k in ("compile", "channels_last")
+                },  # no part of the result, but of its cost
+                # Its evaluations refresh batch norm first.
+                "averaged": self.cfg["optimizer"]["name"] == "schedule_free",
+            }
+        )
+
     def other_root(self) -> str | None:
         """Where the data of this cell's result were, if not here. Paths are no part of a cell: it counts as done."""
         theirs = ((self.cell.result() or {}).get("data") or {}).get("root")
         return theirs if theirs and theirs != str(self.data.root.resolve()) else None
+
+
+# Values of a task that change what is learned or when it is looked at, not the work on a sample.
+_COSTS_NOTHING = {
+    *("weights", "lr", "weight_decay", "norm_decay", "milestones", "warmup", "dropout", "flip"),
+    *("full", "last_batch", "metric", "rule", "eval_every"),
+}
 
 
 def resolve(cfg: Config, named: Config, data: DataSummary, gpus: int = 1) -> Recipe:

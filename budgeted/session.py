@@ -79,7 +79,7 @@ class Session:
         self.step = 0
         self.elapsed = 0.0
         self.eval_seconds = self.wait_seconds = self.compile_seconds = 0.0
-        self.samples = self.resumed = self.skipped = 0
+        self.samples = self.evaluations = self.resumed = self.skipped = 0
         self.metrics: dict[str, dict[str, Any]] = {}
         self.started = now()
         self._evaluated_at = -1
@@ -252,6 +252,7 @@ class Session:
         self._evaluated_at = self.step
         self._write_line({"step": step, "eval": {k: float(v) for k, v in values.items()}})
         log.info("%s step %d: %s", self.cell.name, step, ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
+        self.evaluations += 1
         self.eval_seconds += time.perf_counter() - start
         self._mark = time.perf_counter()
 
@@ -546,6 +547,7 @@ class Session:
             },
             "seed": self.seed,
             "signature": self.cell.signature,
+            "work": self.recipe.work,
             "status": "done",
             "reported": {"metric": task["metric"], "rule": rule, "value": self.metrics[task["metric"]][rule]},
             "metrics": self.metrics,
@@ -554,6 +556,7 @@ class Session:
             "skipped_updates": self.skipped,
             "train_seconds": self.elapsed,
             "eval_seconds": self.eval_seconds,
+            "evaluations": self.evaluations,
             "data_wait_seconds": self.wait_seconds,
             "compile_seconds": self.compile_seconds,
             "samples_per_second": self.samples / self.elapsed if self.elapsed else None,
@@ -595,7 +598,10 @@ def _refuse_odd_shares(recipe: Recipe, world: World) -> None:
             )
 
 
-_COUNTERS = ("elapsed", "eval_seconds", "wait_seconds", "compile_seconds", "samples", "resumed", "skipped")
+_COUNTERS = (
+    *("elapsed", "eval_seconds", "wait_seconds", "compile_seconds"),
+    *("samples", "evaluations", "resumed", "skipped"),
+)
 
 
 def device_name(device: torch.device) -> str:
