@@ -1,4 +1,4 @@
-"""Measure what one cell's work costs on this machine: a few iterations in a scratch directory, kept as one number."""
+"""Measure what one cell's work costs on this machine: some iterations in a scratch directory, kept as one number."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from budgeted.distributed import World
 from budgeted.files import write_json
 from budgeted.recipe import Recipe
@@ -15,18 +17,37 @@ from budgeted.session import Session, device_name, peak_memory
 from tasks import base
 
 log = logging.getLogger("budgeted")
-ITERATIONS = 12
+
+
+def lengths(workers: int) -> tuple[int, int]:
+    """Iterations to warm up for and to measure.
+
+    A loader has two batches a worker in hand before the first step, which come at no wait: they are in the warm-up.
+    Batches of slow data come as many at a time as there are workers: whole rounds of them are measured.
+    """
+    return max(2, 2 * workers + 1), max(12, 4 * workers)
 
 
 class Pace(Session):
-    """A session that is not evaluated: on COCO or Kinetics that takes far longer than these iterations."""
+    """A session whose clock starts after the warm-up; evaluated only at its end, where `plan.evaluate` asks for it."""
+
+    def after_step(self, loss: torch.Tensor | float) -> None:
+        warm, measured = lengths(self.cfg["data"]["workers"])
+        if self.device.type == "cuda" and self.step + 1 in (warm, warm + measured):
+            torch.cuda.synchronize(self.device)  # steps that are only queued are not made yet
+        super().after_step(loss)
+        if self.step == warm:
+            self.elapsed = self.wait_seconds = 0.0
+            self.samples = 0
 
     def evaluate(self) -> None:
+        if self.finished and self.cfg["plan"]["evaluate"]:
+            super().evaluate()
         self._owed = False
 
 
 def measure(recipe: Recipe) -> dict[str, Any]:
-    """Train a few iterations of `recipe` and leave `<out>/probe/<task>-<model>-<precision>.json` for mode=plan."""
+    """Train some iterations of `recipe`; leaves `<out>/probe/<task>-<model>-<precision>-<work>.json` for mode=plan."""
     cfg, world = recipe.cfg, World.from_environment()
     device = base.pick_device(cfg["device"], world)
     world.join(device)
@@ -40,17 +61,20 @@ def measure(recipe: Recipe) -> dict[str, Any]:
         "task": recipe.cell.task,
         "model": cfg["task"]["model"],
         "precision": cfg["precision"],
-        "altered": recipe.cell.departs,
+        "work": recipe.work,
+        "data": {"n_train": recipe.data.n_train, "n_val": recipe.data.n_val},
         "device": device_name(device),
         "world_size": world.size,
         "samples_per_second": session.samples / session.elapsed,
         "data_wait_seconds": session.wait_seconds,
         "train_seconds": session.elapsed,
+        "eval_seconds": session.eval_seconds,
+        "evaluations": session.evaluations,
         "peak_memory_bytes": peak_memory(device),
         "checkpoint_bytes": size,
     }
     if world.is_main:
-        name = "-".join((found["task"], found["model"], found["precision"])).replace("/", "_")
+        name = "-".join((found["task"], found["model"], found["precision"], found["work"])).replace("/", "_")
         target = recipe.cell.out / "probe"
         target.mkdir(parents=True, exist_ok=True)
         write_json(target / f"{name}.json", found)
@@ -60,10 +84,11 @@ def measure(recipe: Recipe) -> dict[str, Any]:
 
 def _train(recipe: Recipe, scratch: Path, world: World, device: Any) -> Session:
     cfg = {**recipe.cfg, "checkpoint": {"every": "100%", "minutes": 1e9}}
+    total = sum(lengths(cfg["data"]["workers"]))
     cell = replace(recipe.cell, out=scratch)
     cell.directory.mkdir(parents=True)
     adapter = base.adapter_of(cfg)(cfg, recipe.data, device)
-    session = Pace(replace(recipe, cfg=cfg, cell=cell, total=ITERATIONS, seconds=None), ITERATIONS, world, device)
+    session = Pace(replace(recipe, cfg=cfg, cell=cell, total=total, seconds=None), total, world, device)
     try:
         adapter.build(session)
         adapter.train(session)
@@ -74,8 +99,9 @@ def _train(recipe: Recipe, scratch: Path, world: World, device: Any) -> Session:
 
 def _say(found: dict[str, Any], recipe: Recipe) -> None:
     full = recipe.epoch.seen(recipe.full) / found["samples_per_second"] / 3600
+    looked = f"; an evaluation {found['eval_seconds']:.1f} s" if found["evaluations"] else ""
     log.info(
-        "%s on %d x %s: %.1f samples/s, %.0f%% of the time waiting for data, peak memory %.2f GB; full run %.2f hours",
-        found["task"], found["world_size"], found["device"], found["samples_per_second"],
-        100 * found["data_wait_seconds"] / found["train_seconds"], found["peak_memory_bytes"] / 1e9, full,
+        "%s on %d x %s: %.1f samples/s, %.0f%% of the time waiting for data, peak memory %.2f GB; "
+        "full run %.2f hours%s", found["task"], found["world_size"], found["device"], found["samples_per_second"],
+        100 * found["data_wait_seconds"] / found["train_seconds"], found["peak_memory_bytes"] / 1e9, full, looked,
     )  # fmt: skip

@@ -62,16 +62,15 @@ class Recipe:
 
     @property
     def work(self) -> str:
-        """Six hex digits over what a training sample and an evaluation cost: runs that share them share their prices."""
+        """Six hex digits over what a training sample and an evaluation cost: who shares them shares the prices."""
         task, data = self.fields["task"], self.fields.get("data", {})
         return signature(
             {
                 "task": {k: v for k, v in task.items() if k not in _COSTS_NOTHING},
                 "data": {k: data.get(k) for k in ("val", "classes")},
                 **{k: self.fields.get(k) for k in ("precision", "micro_batch")},
-                **{
-                    k: self.cfg.get(k, False) for k in ("compile", "channels_last")
-                },  # no part of the result, but of its cost
+                # No part of the result, but of its cost.
+                **{k: self.cfg.get(k, False) for k in ("compile", "channels_last")},
                 # Its evaluations refresh batch norm first.
                 "averaged": self.cfg["optimizer"]["name"] == "schedule_free",
             }
@@ -315,7 +314,10 @@ RULES: dict[str, Rule] = {
     "code": _one_of("warn", "stop", "ignore"),
     "tracker": _one_of("none", "tensorboard", "wandb", "mlflow"),
     "watch": (lambda v: v is None or (_number(0)[0](v) and v > 0), "a positive number of seconds or null"),
+    "prepare.short_side": _whole(1),
+    "prepare.workers": _whole(0),
     "plan.samples_per_second": (lambda v: v is None or (_number(0)[0](v) and v > 0), "a positive number or null"),
+    "plan.evaluate": FLAG,
     "task.name": DIRECTORY,
     "task.adapter": _one_of(*METRICS),
     "task.augment": _one_of("imagenet", "cifar"),
@@ -373,6 +375,8 @@ def validate(cfg: Config) -> None:
         raise UserError(f"task.full={cfg['task']['full']}: the full run is in ep, it or im")
     if cfg["optimizer"].get("nesterov") and not cfg["optimizer"]["momentum"]:
         raise UserError("optimizer.momentum=0: Nesterov's needs one; set optimizer.nesterov=false")
+    if cfg["optimizer"]["name"] == "schedule_free" and not cfg["optimizer"]["momentum"]:
+        raise UserError("optimizer.momentum=0: Schedule-Free averages by it; a number in (0, 1)")
     Budget(cfg["budget"]["amount"])
 
 
