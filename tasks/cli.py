@@ -22,7 +22,9 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from budgeted.cells import undamaged
 from budgeted.errors import UserError, nearest
+from budgeted.files import read_json
 from budgeted.recipe import Config, Recipe, known_key, resolve, same_types, validate
 from tasks import compat, layouts, zoo
 
@@ -260,13 +262,32 @@ def _check_model(cfg: Config) -> None:
 
 def _nominal(cfg: Config) -> layouts.Data | None:
     """The data that the recipe is for, where they are not here: enough to price a cell, not to train it."""
-    task, root = cfg["task"], Path(str(cfg["data"]["root"])).expanduser()
-    samples = task.get("samples") or (task["batch_size"] if task["full"].endswith("it") else None)
-    if root.is_dir() or samples is None:
+    task, root, subset = cfg["task"], Path(str(cfg["data"]["root"])).expanduser(), cfg["data"]["subset"]
+    if root.is_dir():
         return None
-    samples = min(samples, cfg["data"]["subset"] or samples)
+    samples, held = task.get("samples"), task.get("val_samples")
+    if samples is None:
+        samples, held = _counted(str(cfg["out"]), task["name"]) or (None, held)
+    if samples is None and task["full"].endswith("it"):
+        samples = subset or task["batch_size"]
+    if samples is None:
+        return None
     classes = tuple(str(k) for k in range(task["classes"] or 0))
-    return layouts.Data(task["name"], root, samples, task.get("val_samples") or 0, classes)
+    return layouts.Data(task["name"], root, min(samples, subset or samples), held or 0, classes)
+
+
+@functools.cache
+def _counted(out: str, task: str) -> tuple[int, int] | None:
+    """(training, validation) samples of the largest copy of a task's data that its runs and probes under `out` had."""
+    found: list[tuple[int, int]] = []
+    for path in [*Path(out).glob(f"{task}/*/*/*/result.json"), *Path(out).glob("probe/*.json")]:
+        result = read_json(path) or {}
+        whole, data = path.name != "result.json" or undamaged(result), result.get("data")
+        if whole and result.get("task") == task and isinstance(data, dict):
+            train, held = data.get("n_train"), data.get("n_val")
+            if type(train) is int and type(held) is int and min(train, held) > 0:
+                found.append((train, held))
+    return max(found, default=None)
 
 
 @functools.cache
