@@ -181,7 +181,15 @@ def _table(title: str, *columns: str) -> Any:
 
 
 def _cells(rows: Sequence[Row]) -> Any:
-    table = _table(f"{len(rows)} cells", "cell", "state", "iterations", "epochs", "device-hours left", "data")
+    table = _table(
+        f"{len(rows)} cell{'s' * (len(rows) != 1)}",
+        "cell",
+        "state",
+        "iterations",
+        "epochs",
+        "device-hours left",
+        "data",
+    )
     for row in rows[:MOST_ROWS]:
         size = row["unit"] if row["iterations"] is None else f"{row['iterations']:,}"
         table.add_row(row["cell"], row["state"], size, _digits(row["epochs"]), _hours(row["seconds"]), row["data"])
@@ -201,7 +209,7 @@ _FORMS = {
 
 def _tasks(rows: Sequence[Row]) -> Any:
     """One line per task of what is left; a number that does not cover all of its cells says how many it covers."""
-    columns = ("task", "cells", "done", "iterations", "epochs", "device-hours", "evaluation", "GB on disk")
+    columns = ("task", "cells", "done", "iterations", "epochs", "device-hours", "of it evaluation", "GB on disk")
     table = _table("left, by task", *columns)
     for name, own in subtotals(rows).items():
         numbers = (_covering(own[key], own["cells"] - own["done"], form) for key, form in _FORMS.items())
@@ -273,8 +281,8 @@ def _spent(left: Sequence[Row]) -> list[str]:
     paces[-1:] = [f"{paces[-1]} for all {tasks} tasks"] if paces and tasks > 1 else paces[-1:]
     devices = sorted({r["device"] for r in left if r["device"]})
     paces += [f"the pace of {', '.join(devices)}"] if devices else []
-    hours = f"{sum(r['seconds'] for r in left if r['seconds'] is not None) / 3600:,.2f} device-hours"
-    hours += f", {sum(evaluating) / 3600:,.2f} of them evaluation" if evaluating else " of training"
+    hours = f"{_short(sum(r['seconds'] for r in left if r['seconds'] is not None) / 3600)} device-hours"
+    hours += f", {_short(sum(evaluating) / 3600)} of them evaluation" if evaluating else " of training"
     return [hours + (f" (at {' and '.join(paces)})" if paces else "")]
 
 
@@ -296,11 +304,15 @@ def _not_priced(left: Sequence[Row]) -> list[str]:
 def _on_disk(left: Sequence[Row]) -> list[str]:
     sizes = [r["bytes"] for r in left if r["bytes"]]
     some = f" for {len(sizes)} of them" if len(sizes) < len(left) else ""
-    return [f"about {sum(sizes) / 1e9:.2f} GB on disk{some}"] if sizes else []
+    return [f"about {_short(sum(sizes) / 1e9)} GB on disk{some}"] if sizes else []
 
 
 def _digits(value: float | None) -> str:
     return "" if value is None else f"{value:,.2f}"
+
+
+def _short(value: float) -> str:
+    return f"{value:,.2f}" if value >= 0.1 else f"{value:.2g}"
 
 
 def _hours(seconds: float | None) -> str:
