@@ -84,8 +84,8 @@ def _look_up(row: Row, known: queue.Queue, out: Path) -> None:
     """Correct a state by what SLURM says of the cell's job."""
     name = str(row["path"].relative_to(out))
     job = known.jobs.get(name)
-    if known.job_of(name, row["state"], row["job"]):
-        row |= {"state": "queued", "job": job.id, "note": _why(job)}
+    if coming := known.job_of(name, row["state"], row["job"]):
+        row |= {"state": "queued", "job": coming.id, "note": _why(coming)}
     elif row["state"] == "running" and row["job"] in known.submitted and not (job and job.id == row["job"]):
         row |= {"state": "died", "note": f"job {row['job']} is gone"}
 

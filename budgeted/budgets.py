@@ -24,8 +24,9 @@ MOST_ITERATIONS = 10**12  # beyond it a run would take longer than anyone waits
 LEAST = Fraction(1, 10**100)  # beyond it, and beyond its inverse, a float would be 0 or overflow
 FORMS = "an amount such as 5%, 900it, 12ep, 1.2e6im, 45min, 1.5h, 8gpuh or 3e17flop"
 
-# No spaces: the amount as written names a directory. ASCII digits, and few enough for Python to convert.
-_AMOUNT = re.compile(r"([+-]?(?:[0-9]{1,30}(?:\.[0-9]{0,30})?|\.[0-9]{1,30})(?:[eE][+-]?[0-9]{1,3})?)(%|[a-zA-Z]*)")
+# The amount as written names a directory: no spaces, and no dot ahead, which would hide it. ASCII digits, and few
+# enough for Python to convert.
+_AMOUNT = re.compile(r"([+-]?[0-9]{1,30}(?:\.[0-9]{0,30})?(?:[eE][+-]?[0-9]{1,3})?)(%|[a-zA-Z]*)")
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,8 @@ class Budget:
 @functools.cache
 def _parsed(amount: str) -> tuple[Fraction, str]:
     match = _AMOUNT.fullmatch(amount)
+    if not match and re.fullmatch(r"\.[0-9].*", amount):
+        raise UserError(f"budget.amount={amount}: write 0{amount} ({FORMS})")
     if not match:
         raise UserError(f"budget.amount={amount}: not an amount; write {FORMS}")
     number, unit = match.groups()

@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
+from budgeted.errors import UserError
 from budgeted.files import finite, read_json, write_json
 
 RESULT_SCHEMA = 1
@@ -62,13 +63,29 @@ class Cell:
 
     def result(self) -> dict | None:
         """The result, when it is whole and of this very recipe."""
+        found = self._whole_result()
+        return found if found and found.get("signature") == self.signature else None
+
+    def refuse_other_result(self) -> None:
+        """Raise UserError where the directory holds the result of another recipe, which a run would write over."""
+        found = self._whole_result()
+        if found and found.get("signature") != self.signature:
+            data = found.get("data")
+            samples = data.get("n_train") if isinstance(data, dict) else "?"
+            raise UserError(
+                f"{self.directory} holds the result of another recipe or of other data (signature "
+                f"{found.get('signature')} on {samples} training samples, now {self.signature}): "
+                "move it away, or give another out="
+            )
+
+    def _whole_result(self) -> dict | None:
         found = read_json(self.directory / "result.json")
         if not found or not undamaged(found):
             return None
         if found.get("schema") != RESULT_SCHEMA or found.get("status") != "done":
             return None
         reported = found.get("reported")
-        if found.get("signature") != self.signature or not isinstance(reported, dict):
+        if not isinstance(reported, dict):
             return None
         value = reported.get("value")
         return found if isinstance(value, int | float) and not isinstance(value, bool) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -12,6 +13,8 @@ import torch.distributed as dist
 from torch import nn
 
 from budgeted.errors import UserError
+
+_REASON = "budgeted/reason"  # a key of the processes' store
 
 
 @dataclass(frozen=True)
@@ -40,13 +43,16 @@ class World:
         return self.rank == 0
 
     def join(self, device: torch.device) -> None:
-        """Meet the other processes (nccl on a GPU, gloo on a CPU). Needs MASTER_ADDR and MASTER_PORT."""
+        """Meet the other processes. Needs MASTER_ADDR and MASTER_PORT.
+
+        Tensors on GPUs go by nccl, all else by gloo: it costs no GPU's time, and says at once that a peer is gone.
+        """
         if self.size == 1 or dist.is_initialized():
             return
         if "MASTER_ADDR" not in os.environ:
             _address_from_slurm()
         os.environ.update(RANK=str(self.rank), WORLD_SIZE=str(self.size), LOCAL_RANK=str(self.local_rank))
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, rank=self.rank, world_size=self.size, timeout=timedelta(minutes=10))
 
     def mean(self, value: torch.Tensor) -> torch.Tensor:
@@ -72,6 +78,21 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def confess(self, reason: str) -> None:
+        """Tell the others why this process ends; whoever came first is heard."""
+        if self.size > 1 and dist.is_initialized():
+            with suppress(RuntimeError):  # the store is gone with the process that kept it
+                dist.distributed_c10d._get_default_store().compare_set(_REASON, "", f"rank {self.rank}: {reason}")
+
+    def confessed(self) -> str | None:
+        """What another process that ended has told."""
+        if self.size > 1 and dist.is_initialized():
+            with suppress(RuntimeError):
+                store = dist.distributed_c10d._get_default_store()
+                if store.check([_REASON]):
+                    return store.get(_REASON).decode(errors="replace")
+        return None
 
     def leave(self) -> None:
         """Part from the other processes."""

@@ -103,6 +103,8 @@ def onecycle(low: float = 0.1, high_momentum: float = 0.95, low_momentum: float 
     Constants as in REX's comparison: low 0.1, momentum .95 to .85.
     """
     _require(0 <= low < 1, "low", low, "in [0, 1)")
+    for key, value in (("high_momentum", high_momentum), ("low_momentum", low_momentum)):
+        _require(0 <= value < 1, key, value, "in [0, 1)")
     height = lambda p: 1.0 - abs(2.0 * p - 1.0)  # noqa: E731
     return Schedule(
         "onecycle",
@@ -149,7 +151,8 @@ def sgdr(first: float = 0.05, mult: float = 2.0) -> Schedule:
     _require(0 < first <= 1, "first", first, "a fraction of the budget in (0, 1]")
     _require(mult >= 1, "mult", mult, "at least 1")
     starts, lengths = [0.0], [first]
-    while starts[-1] + lengths[-1] < 1 and len(starts) < 100_000:
+    while starts[-1] + lengths[-1] < 1:
+        _require(len(starts) < 100_000, "first", first, "longer: it makes more than 100,000 periods")
         starts.append(starts[-1] + lengths[-1])
         lengths.append(lengths[-1] * mult)
 
@@ -301,6 +304,8 @@ def make(name: str, **constants: Any) -> Schedule:
         made = SCHEDULES[name](**given)
     except (TypeError, ValueError) as error:
         raise UserError(f"schedule={name}: {error}") from None
+    for key, value in given.items():
+        _require(not isinstance(value, float) or math.isfinite(value), key, value, "a finite number")
     return Schedule(made.name, made.factor, made.momentum_at, given)
 
 

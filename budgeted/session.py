@@ -26,7 +26,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -88,6 +88,7 @@ class Session:
         self._pending: list[tuple[int, torch.Tensor | float, float]] = []  # step, loss, learning rate
         self._first_step: float | None = None
         self._clock = 0.0  # progress of a clock budget, as of the last step
+        self._carried = (0.0, 0.0)  # that and the elapsed seconds that a resume began with
         self._grad_norm: float | None = None
         self._saved_step: int | None = None
         self._saving = checkpoint.Background()
@@ -95,9 +96,10 @@ class Session:
         self._ending = False  # the state is somebody else's to write
         self._final: tuple[str, dict[str, Any] | None] | None = None  # what was evaluated last: its digest, its tensors
         self._loss = self._applied_lr = math.nan
+        forget_peak_memory(device)
         self._evals = recipe.period(cfg["task"]["eval_every"], total)
         self._saves = recipe.period(cfg["checkpoint"]["every"], total)
-        self._signal = 0
+        self._signal = self._interrupts = 0
         self._handlers: dict[int, Any] = {}
 
     # -- set-up ---------------------------------------------------------------------------------------------
@@ -230,6 +232,7 @@ class Session:
         if stop:
             self._saving.wait()
             self._write_state("partial", **self._state())
+            self._signal = 0
             raise Interrupted(stop, self._handlers.get(stop))
 
     def evaluate(self) -> None:
@@ -289,7 +292,8 @@ class Session:
     def _read_clock(self) -> None:
         """Bring the clock's progress up to date: rank 0's, on every rank, without a first step not yet judged."""
         counted = self.elapsed - (self._first_step or 0.0)
-        self._clock = min(1.0, self.world.agree(counted) / (self.seconds or 1.0))
+        before, at = self._carried  # GPU-hours may have been spent on another number of GPUs
+        self._clock = min(1.0, before + (self.world.agree(counted) - at) / (self.seconds or 1.0))
 
     def _before_update(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """Runs inside optimizer.step: what stands in the parameter groups here is what the update uses."""
@@ -335,15 +339,28 @@ class Session:
         if not pending or self.cfg["on_nonfinite"] == "skip":
             return
         values = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.device) for _, v, _ in pending])
+        values = self.world.mean(values)  # so that every rank finds what one has
         bad = torch.nonzero(~torch.isfinite(values.cpu()))
         if len(bad):
             step, _, rate = pending[int(bad[0])]
-            self._saving.join()
-            saved = self._saved_step
-            good = "there is no checkpoint yet" if saved is None else f"the last good checkpoint is of step {saved}"
-            raise NonFinite(
-                f"the loss of step {step} is {values[int(bad[0])].item()} at learning rate {rate:g}; {good}"
-            )
+            self._refuse(f"the loss of step {step} is {values[int(bad[0])].item()}", rate)
+
+    def _check_weights(self) -> None:
+        """Raise NonFinite where the update just made left weights or batch-norm statistics that are not finite.
+
+        Its loss, of the weights before, may have been: they must not become the last good checkpoint.
+        """
+        statistics = (b for name, b in self.model.named_buffers() if name.endswith(("running_mean", "running_var")))
+        with torch.no_grad():
+            largest = nn.utils.get_total_norm([*self.model.parameters(), *statistics], math.inf)
+        if not math.isfinite(self.world.mean(largest)):
+            self._refuse(f"the update of step {self.step - 1} left weights that are not finite", self._applied_lr)
+
+    def _refuse(self, what: str, rate: float) -> NoReturn:
+        self._saving.join()
+        saved = self._saved_step
+        good = "there is no checkpoint yet" if saved is None else f"the last good checkpoint is of step {saved}"
+        raise NonFinite(f"{what} at learning rate {rate:g}; {good}")
 
     def _write_line(self, line: dict[str, Any]) -> None:
         if self.world.is_main:
@@ -376,6 +393,7 @@ class Session:
         """Write a checkpoint of the step just made, from a copy, while training goes on: see `_saving`."""
         start = time.perf_counter()
         self._check_losses()
+        self._check_weights()
         if self.world.is_main:
             self._saving.wait()
             packed = checkpoint.pack(self._content(), self._room)
@@ -401,6 +419,7 @@ class Session:
             "total": self.horizon,
             "step": self.step,
             "counters": counters,
+            "clock": self._clock,
             "metrics": self.metrics,
             "evaluated_at": self._evaluated_at,
             "owed": self._owed,
@@ -425,8 +444,6 @@ class Session:
                 f"{self.cell.checkpoint} does not hold what a run saves ({what})"
             ) from error
         self.resumed += 1
-        if self.seconds:
-            self._read_clock()
         log.info("%s goes on at step %d", self.cell.name, self.step)
 
     def _take(self, content: dict[str, Any]) -> None:
@@ -440,8 +457,10 @@ class Session:
         self._saved_step = self.step - 1
         self._evaluated_at, self._owed = content["evaluated_at"], content["owed"]
         self.started = content["first_started"]
-        for name, value in content["counters"].items():
-            setattr(self, name, value)
+        for name in _COUNTERS:
+            setattr(self, name, content["counters"][name] + 0)  # a TypeError where it is no number
+        self._clock = content["clock"] + 0.0
+        self._carried = self._clock, self.elapsed
 
     def _refuse_other(self, content: dict[str, Any]) -> None:
         """A checkpoint of another recipe or budget is an error that says what differs."""
@@ -460,7 +479,9 @@ class Session:
 
     def _catch_signals(self) -> None:
         def note(number: int, frame: Any) -> None:
-            if number == signal.SIGINT and self._signal == signal.SIGINT:
+            self._interrupts += number == signal.SIGINT
+            if self._interrupts > 1:
+                self._signal = 0
                 self._release_signals()
                 raise KeyboardInterrupt
             if self._signal != signal.SIGUSR2:  # preemption sends it with others; it alone gets the job requeued
@@ -516,7 +537,7 @@ class Session:
         self._saving.join()
 
     def close(self) -> None:
-        """Give signals and files back; safe to call at any time."""
+        """Give signals and files back; safe to call at any time. A signal that came too late to be obeyed is raised."""
         self._release_signals()
         end_workers()
         try:
@@ -530,6 +551,9 @@ class Session:
             self.journal.close()
         if hasattr(self, "tracker"):
             self.tracker.close(self._done)
+        if late := self._signal:
+            self._signal = 0
+            signal.raise_signal(late)
 
     def _result(self, digest: str) -> dict[str, Any]:
         task, data, rule = self.cfg["task"], self.recipe.data, self.cfg["task"]["rule"]
@@ -627,10 +651,22 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU's allocator, or what the process had resident."""
+    """Bytes since `forget_peak_memory`: of the GPU's allocator, or what the process had resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory` start anew: a sweep trains its cells in one process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):  # where it cannot be, the peak is that of the process so far
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
 
 
 def _versions() -> dict[str, str]:
@@ -639,9 +675,15 @@ def _versions() -> dict[str, str]:
         "torchvision",
         "numpy",
         "hydra-core",
+        "pillow",
         "pytorchvideo",
+        "av",
+        "detectron2",
+        "sal-detectron2",
+        "pycocotools",
         "mmsegmentation",
         "mmengine",
+        "mmcv-lite",
         "schedulefree",
     )
     found = {"python": platform.python_version()}

@@ -63,13 +63,11 @@ def train(recipe: Recipe) -> dict[str, Any] | None:
     if not world.is_main:
         log.setLevel(logging.ERROR)
     try:
-        done = world.agree(cell.result())
-        if done:
-            log.info("%s is done already", cell.name)
-            if theirs := recipe.other_root():
-                log.warning("its data were in %s; where those are other data than these, give another out=", theirs)
+        if done := world.agree(_done(recipe) if world.is_main else None):
             return done
         with _held(cell, world), _logged(cell, world):
+            if done := world.agree(_done(recipe) if world.is_main else None):  # by another process, a moment ago
+                return done
             return _run(recipe, world, device)
     except Held as holder:
         log.warning("%s; nothing to do here", holder)
@@ -78,16 +76,28 @@ def train(recipe: Recipe) -> dict[str, Any] | None:
         world.leave()
 
 
+def _done(recipe: Recipe) -> dict[str, Any] | None:
+    """The cell's result, if there is one."""
+    found = recipe.cell.result()
+    if found:
+        log.info("%s is done already", recipe.cell.name)
+        if theirs := recipe.other_root():
+            log.warning("its data were in %s; where those are other data than these, give another out=", theirs)
+    return found
+
+
 def _run(recipe: Recipe, world: World, device: torch.device) -> dict[str, Any]:
     cell, cfg = recipe.cell, recipe.cfg
     session = None
     try:
         if other := submission.check(cfg["code"], cell.out):
             log.warning("%s", other)
-        _write_config(recipe, world)
+        if not cell.checkpoint.exists():
+            _write_config(recipe, world)
         adapter = adapter_of(cfg)(cfg, recipe.data, device)
         session = Session(recipe, _horizon(recipe, adapter), world, device)
         adapter.build(session)
+        _write_config(recipe, world)  # a checkpoint of another recipe has been refused
         if not session.finished:
             adapter.train(session)
         return session.finish()
@@ -134,12 +144,17 @@ def _record_failure(cell: Cell, world: World, session: Session | None, error: Ba
     line = one_line(error)
     # When another rank dies, this one's collective fails: nothing is wrong with the recipe, the run goes on later.
     lost = world.size > 1 and (isinstance(error, dist.DistError) or any(w in line for w in LOST_PEER))
+    stopped = isinstance(error, KeyboardInterrupt | SystemExit)
+    if lost and (reason := world.confessed()):  # it did not just die
+        lost, line = False, reason
+    elif not lost and not stopped:
+        world.confess(line)
     try:
         log.debug("%s", "".join(traceback.format_exception(error)))
         if world.is_main:
             step, total = (session.step, session.horizon) if session else (0, None)
             # SystemExit: a signal before the session listens goes to whoever launched this process: submitit requeues.
-            state = "partial" if lost or isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
+            state = "partial" if lost or stopped else "failed"
             cell.write_state(state, step, total, f"another process was lost: {line}" if lost else line)
     except OSError as full:
         log.error("the failure could not be recorded: %s", full)

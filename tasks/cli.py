@@ -121,6 +121,8 @@ def _check(override: Override, multirun: bool) -> None:
         raise UserError(f"{override.input_line}: nothing of the configuration can be deleted")
     if key == "sweep" and not multirun:
         raise UserError(f"sweep={override.value()}: a sweep needs -m: python run.py -m sweep={override.value()}")
+    if key == "sweep" and override.is_sweep_override():
+        raise UserError(f"{override.input_line}: one sweep at a time")
     if key in (*GROUPS, "sweep"):
         for value in _values(override):
             _check_option(key, value)
@@ -230,7 +232,10 @@ def _recipe(cfg: Config, choices: Mapping[str, str]) -> Recipe:
     data = _nominal(cfg) if cfg["mode"] in ("plan", "status") else None
     if data is None:
         data = _inspect(cfg["task"]["name"], str(cfg["data"]["root"]), cfg["data"]["subset"], cfg["task"]["adapter"])
-    return resolve(cfg, named, data)
+    found = resolve(cfg, named, data)
+    if cfg["mode"] == "train":
+        found.cell.refuse_other_result()
+    return found
 
 
 @functools.cache

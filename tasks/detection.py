@@ -49,12 +49,17 @@ from detectron2.layers import ShapeSpec  # noqa: E402
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, ResNet, build_model  # noqa: E402
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool  # noqa: E402
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem  # noqa: E402
+from detectron2.modeling.meta_arch import retinanet  # noqa: E402
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector  # noqa: E402
 from detectron2.solver import build_optimizer  # noqa: E402
 from detectron2.solver.build import maybe_add_gradient_clipping  # noqa: E402
 from detectron2.utils.events import EventStorage  # noqa: E402
+from fvcore.nn import sigmoid_focal_loss  # noqa: E402
 from fvcore.nn.precise_bn import get_bn_modules, update_bn_stats  # noqa: E402
 
 log = logging.getLogger("budgeted")
+# TorchScript rounds a function's first calls in a process otherwise than the later ones: a resume would show.
+retinanet.sigmoid_focal_loss_jit = sigmoid_focal_loss
 
 
 class Detection:
@@ -118,6 +123,8 @@ class Detection:
             model = build_model(self.config)
         except ImportError as error:  # of the compiled part
             raise UserError(f"task.model={self.cfg['task']['model']}: {' '.join(str(error).split())}") from None
+        if isinstance(model, DenseDetector):  # upstream's running mean is an attribute, which no checkpoint has
+            model.register_buffer("loss_normalizer", torch.tensor(100.0, dtype=torch.float64, device=model.device))
         if self.cfg["channels_last"]:
             model.to(memory_format=torch.channels_last)
         if self.cfg["precision"] == "bf16":

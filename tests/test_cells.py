@@ -225,6 +225,30 @@ def test_done_is_a_whole_result_of_this_recipe(tmp_path):
     assert cell(tmp_path, mark="def456").state == "missing"
 
 
+def test_a_result_of_another_recipe_is_not_written_over(tmp_path):
+    mine, other = cell(tmp_path), cell(tmp_path, mark="def456")
+    mine.refuse_other_result()  # there is none
+    mine.directory.mkdir(parents=True)
+    mine.write_result({**RESULT, "data": {"n_train": 40}})
+    mine.refuse_other_result()
+    with pytest.raises(
+        UserError, match="s3 holds the result of another recipe .*abc123 on 40 training.*now def456.*out="
+    ):
+        other.refuse_other_result()
+    mine.write_result({**RESULT, "status": "failed"})
+    other.refuse_other_result()
+
+
+def test_a_command_that_would_write_over_a_result_is_refused(tmp_path):
+    words = ("task=imagenet_tiny", f"out={tmp_path}")
+    there = cli.recipe(words).cell
+    there.directory.mkdir(parents=True)
+    there.write_result({**RESULT, "signature": "0a0a0a"})
+    with pytest.raises(UserError, match="holds the result of another recipe"):
+        cli.recipe(words)
+    assert cli.recipe((*words, "mode=plan")).cell.state != "done"
+
+
 @pytest.mark.parametrize(
     "changed",
     [

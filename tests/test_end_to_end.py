@@ -68,6 +68,75 @@ def test_a_failing_cell_does_not_stop_the_others(tmp_path):
     assert sorted(states) == ["done", "failed"]
 
 
+RANK = """
+import sys, torch
+from budgeted.errors import UserError
+from budgeted.session import Session
+from tasks import base, cli
+kind, words = sys.argv[1], tuple(sys.argv[2:])
+after_step = Session.after_step
+def after(self, loss):
+    if self.rank == 1 and self.step == 2 and kind == "error":
+        raise UserError("0001.png: cannot be decoded")
+    after_step(self, loss * float("nan") if self.rank == 1 and self.step == 2 else loss)
+Session.after_step = after
+base.train(cli.recipe(words))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("error", "rank 1: 0001.png: cannot be decoded"),
+        ("nan", "NonFinite: the loss of step 2 is nan at learning rate"),
+    ],
+)
+def test_what_fails_one_rank_is_the_cells_failure(tmp_path, kind, reason):
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script)]
+    words = ("task=imagenet_tiny", "budget.amount=9it", f"out={tmp_path / 'runs'}", "device=cpu")
+    done = subprocess.run(
+        [*torchrun, kind, *words],
+        env={**environment(), "PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+        capture_output=True,
+        timeout=120,
+    )
+    assert done.returncode != 0
+    (path,) = (tmp_path / "runs").glob("*/*/*/*/state.json")
+    state = json.loads(path.read_text())
+    assert state["state"] == "failed" and state["error"].startswith(reason), state
+
+
+def test_a_cell_that_another_process_finished_meanwhile_is_left_alone(tmp_path, monkeypatch):
+    """Between the look at its result and the lock."""
+    from tasks import base, cli
+
+    recipe = cli.recipe(("task=imagenet_tiny", "budget.amount=2it", f"out={tmp_path}", "device=cpu"))
+    cli.embedded_data(recipe.cfg)
+    held, first = base._held, []
+
+    def late(*words):
+        if not first:
+            first.append(None)
+            first.append(base.train(recipe))
+        return held(*words)
+
+    monkeypatch.setattr(base, "_held", late)
+    result = base.train(recipe)
+    assert result["resumed"] == 0 and result["finished"] == first[1]["finished"]
+    assert result == recipe.cell.result() and recipe.cell.state == "done"
+
+
+def test_a_named_sweep_takes_another_budget_in_any_unit(tmp_path):
+    said = run("-m", "sweep=smoke", "budget.amount=5it", "mode=plan", f"out={tmp_path}")
+    assert said.count("/5it/") == 8
+    assert "one sweep at a time" in run("-m", "sweep=smoke,table3", f"out={tmp_path}", expect=2)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_image_that_does_not_decode_is_named(tmp_path, workers):
     run("mode=check")  # writes the embedded data

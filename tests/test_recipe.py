@@ -228,7 +228,7 @@ def test_a_wrong_value_is_one_line_that_names_it(key):
         (("optimizer.nesterov=1",), "optimizer.nesterov=1: must be true or false"),
         (("task.crop_scale=3",), "task.crop_scale=3: must be two rising shares in (0, 1]"),
         (("task.milestones=true",), "must be a list"),
-        (("prepare.short_side=[1]",), "prepare.short_side=[1]: must be a number"),
+        (("prepare.short_side=[1]",), "prepare.short_side=[1]: must be a whole number"),
     ],
 )
 def test_a_value_of_another_type_is_refused(words, said):

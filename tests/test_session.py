@@ -9,6 +9,7 @@ import math
 import os
 import resource
 import signal
+import statistics
 import threading
 import time
 from pathlib import Path
@@ -17,11 +18,12 @@ import pytest
 import torch
 
 from budgeted import checkpoint, make
+from budgeted.budgets import Budget
 from budgeted.checkpoint import BrokenCheckpoint
 from budgeted.distributed import World
 from budgeted.errors import UserError
 from budgeted.schedules import SCHEDULES
-from budgeted.session import Interrupted, NonFinite, Session
+from budgeted.session import Interrupted, NonFinite, Session, peak_memory
 
 PURE = sorted(set(SCHEDULES) - {"refined", "replay"})
 SAME = ("weights_sha256", "metrics", "reported", "iterations_done", "samples_seen")
@@ -444,6 +446,29 @@ def test_a_second_interrupt_leaves_at_once(toy):
     assert steps(run)[-1]["step"] == 7
 
 
+def test_a_second_interrupt_leaves_at_once_whatever_other_signals_came(toy):
+    run = toy()
+    numbers = (signal.SIGUSR2, signal.SIGINT, signal.SIGTERM, signal.SIGINT)
+    run.before = at(8, lambda: [kill(number)() for number in numbers])
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    assert steps(run)[-1]["step"] == 7
+
+
+def test_a_signal_that_comes_too_late_is_passed_on(toy, monkeypatch):
+    """Within the writing of the result: the run is done, and who launched it learns that it was told to stop."""
+    heard = []
+    handler = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    result = Session._result
+    monkeypatch.setattr(Session, "_result", lambda self, digest: (kill(signal.SIGTERM)(), result(self, digest))[1])
+    try:
+        run = toy()
+        assert run.train()["status"] == "done" and state(run)["state"] == "done"
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert heard == [signal.SIGTERM]
+
+
 def test_a_signal_at_the_last_step_leaves_a_run_that_only_needs_its_result(toy, whole):
     run = toy()
     run.before = at(19, kill(signal.SIGTERM))
@@ -495,6 +520,28 @@ def test_weights_are_never_saved_after_a_bad_loss(toy):
         run.train()
     saved = checkpoint.load(run.recipe.cell.checkpoint)
     assert saved["step"] == 6 and all(torch.isfinite(v).all() for v in saved["model"].values())
+
+
+class Breaks(torch.optim.SGD):
+    """Its tenth update leaves a weight that is not finite, from a loss and a gradient that are."""
+
+    made = 0
+
+    def step(self, closure=None):
+        super().step(closure)
+        self.made += 1
+        if self.made == 10:
+            self.param_groups[0]["params"][0].data[0] = math.inf
+
+
+def test_weights_that_are_not_finite_are_never_saved(toy):
+    run = toy(task__eval_every="100%")
+    run.optimizer = lambda parameters: Breaks(parameters, 0.1)
+    wanted = "update of step 9 left weights that are not finite at learning rate 0.055; .* checkpoint is of step 4"
+    with pytest.raises(NonFinite, match=wanted):
+        run.train()
+    saved = checkpoint.load(run.recipe.cell.checkpoint)
+    assert saved["step"] == 5 and all(torch.isfinite(v).all() for v in saved["model"].values())
 
 
 def test_skip_leaves_the_update_out_and_goes_on(toy):
@@ -568,6 +615,32 @@ def test_gpu_hours_are_shared_by_the_processes(toy):
     one, two = (Session(toy(amount="1gpuh").recipe, None, World(0, size), torch.device("cpu")) for size in (1, 2))
     assert (one.seconds, two.seconds) == (3600, 1800)
     assert Session(toy(amount="1h").recipe, None, World(0, 2), torch.device("cpu")).seconds == 3600
+
+
+def test_gpu_hours_spent_stay_spent_on_fewer_gpus(toy, monkeypatch):
+    """Half of the budget on four GPUs is half of it on two: the learning rate does not go back up."""
+    run = slow(toy(amount="0.001gpuh"))  # 3.6 s on one GPU
+    run.before = (lambda inner: lambda session: (inner(session), session.step == 12 and kill(signal.SIGTERM)()))(
+        run.before
+    )
+    monkeypatch.setattr(Budget, "seconds", lambda self, gpus=1: 0.3)
+    with pytest.raises(Interrupted):
+        run.train()
+    monkeypatch.setattr(Budget, "seconds", lambda self, gpus=1: 0.6)
+    again = slow(toy(amount="0.001gpuh"))
+    again.train()
+    rows = steps(again)
+    assert rows[12]["progress"] > 0.3
+    assert [row["progress"] for row in rows] == sorted(row["progress"] for row in rows)
+    pace = [b["progress"] - a["progress"] for a, b in zip(rows, rows[1:], strict=False)]
+    assert statistics.median(pace[14:]) == pytest.approx(statistics.median(pace[2:11]) / 2, rel=0.3)
+
+
+def test_the_peak_of_memory_is_the_runs_own(toy):
+    block = torch.ones(2**28, dtype=torch.uint8)  # 256 MiB, before the run
+    before = peak_memory(torch.device("cpu"))
+    del block
+    assert toy().train()["peak_memory_bytes"] < before - 2**27
 
 
 def test_pieces_of_a_batch_weigh_as_much_as_the_whole(toy):
