@@ -302,7 +302,17 @@ class Slow(torch.utils.data.Dataset):
 
 @pytest.fixture
 def slow(tmp_path, monkeypatch):
-    """slow(*words) probes imagenet_tiny with such samples, eight a batch: an epoch is five iterations."""
+    """slow(*words) probes imagenet_tiny with such samples, eight a batch: an epoch is five iterations.
+
+    The first step takes half a second more, as on a GPU: meanwhile the loader gets all the batches that it may have.
+    """
+    one_step = Classification.step
+
+    def step(self, session, batches):
+        one_step(self, session, batches)
+        time.sleep(0.5 * (session.step == 1))
+
+    monkeypatch.setattr(Classification, "step", step)
     monkeypatch.setattr(Classification, "train_dataset", lambda self: Slow())
     monkeypatch.setattr(Classification, "val_dataset", lambda self: Slow())
     words = ("data.root=/nowhere/imagenet_tiny", "device=cpu", "data.subset=40", "task.batch_size=8")
