@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import subprocess
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 HOME = Path(__file__).resolve().parent.parent
 PARTS = ("run.py", "budgeted/**/*.py", "tasks/**/*.py", "conf/**/*.yaml")
+FOLDERS = sorted({part.split("/")[0] for part in PARTS})
 
 
 def git(*words: str) -> str | None:
@@ -21,9 +23,19 @@ def git(*words: str) -> str | None:
 
 
 def git_state() -> dict[str, Any]:
-    """{commit, dirty}: None where it is no checkout."""
-    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    """{commit, dirty}: None where it is no checkout. Dirty: something of PARTS is changed, or new."""
+    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--", *FOLDERS)
     return {"commit": commit.strip() if commit else None, "dirty": None if changes is None else bool(changes.strip())}
+
+
+def diff() -> str | None:
+    """How this checkout differs from its commit, with the files of PARTS that are new; None where it is no checkout."""
+    changed, new = git("diff", "HEAD"), git("ls-files", "--others", "--exclude-standard", "-z", "--", *FOLDERS)
+    if changed is None or new is None:
+        return None
+    texts = ((path, (HOME / path).read_text(errors="replace")) for path in new.split("\0") if path)
+    added = (difflib.unified_diff([], t.splitlines(), "/dev/null", f"b/{path}", lineterm="") for path, t in texts)
+    return changed + "".join(f"{line}\n" for lines in added for line in lines)
 
 
 def files() -> dict[str, str]:

@@ -6,6 +6,7 @@ A job compares the code it starts from with that of its sweep, however long it h
 from __future__ import annotations
 
 import getpass
+import logging
 import os
 import secrets
 import socket
@@ -21,6 +22,7 @@ from budgeted.errors import UserError
 from budgeted.files import atomic, read_json, write_json
 from budgeted.recipe import Recipe
 
+log = logging.getLogger("budgeted")
 # Jobs inherit these: which sweep they belong to, and where its code is.
 SWEEP, HOME = "BUDGETED_SWEEP", "BUDGETED_HOME"
 FOLDER = ".sweep"
@@ -42,11 +44,16 @@ def leave() -> None:
 
 def record(jobs: Sequence[Sequence[str]], recipes: Sequence[Recipe], launcher: Any) -> Path:
     """Write down the code and the recipes of the cells that are about to be launched, in their order."""
-    folder = recipes[0].cell.out / FOLDER / os.environ[SWEEP]
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "code.json", {**code.git_state(), "files": code.files()})
-    with atomic(folder / "code.diff") as handle:
-        handle.write(code.git("diff", "HEAD") or "")
+    folders = [out / FOLDER / os.environ[SWEEP] for out in dict.fromkeys(r.cell.out for r in recipes)]
+    state, diff = {**code.git_state(), "files": code.files()}, code.diff()
+    if diff is None:
+        log.warning("this is no git checkout, or git does not answer: digests of the code are kept, but no diff")
+    for folder in folders:  # a job looks under the `out` of its cell
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "code.json", state)
+        with atomic(folder / "code.diff") as handle:
+            handle.write(diff or "")
+    folder = folders[0]
     cells = [
         {"cell": r.cell.name, "signature": r.cell.signature, "words": list(words), "recipe": {**r.fields, "T": r.total}}
         for words, r in zip(jobs, recipes, strict=True)
@@ -67,11 +74,15 @@ def record(jobs: Sequence[Sequence[str]], recipes: Sequence[Recipe], launcher: A
 
 
 def difference(out: Path) -> str | None:
-    """How the code here differs from that of the sweep this job belongs to, in words; None where it does not."""
+    """How the code here differs from that of the sweep this job belongs to, in words; None where it does not, or the
+    job belongs to none."""
     name = os.environ.get(SWEEP)
-    submitted = read_json(out / FOLDER / name / "code.json") if name else None
-    if not submitted:
+    if not name:
         return None
+    path = out / FOLDER / name / "code.json"
+    submitted = read_json(path)
+    if not submitted:
+        return f"which code was submitted is not on record: {path} is absent or broken"
     then, here = submitted.get("files") or {}, code.files()
     changed = sorted(path for path in {*then, *here} if then.get(path) != here.get(path))
     if not changed:

@@ -189,11 +189,40 @@ def test_a_sweep_records_code_and_recipes(submitted, tmp_path):
     found = json.loads((submitted / "code.json").read_text())
     assert found["commit"] == code.git_state()["commit"]
     assert {"run.py", "budgeted/session.py", "tasks/base.py", "conf/task/coco.yaml"} <= set(found["files"])
-    assert (submitted / "code.diff").read_text() == (code.git("diff", "HEAD") or "")
+    assert (submitted / "code.diff").read_text() == (code.diff() or "")
     cells = json.loads((submitted / "cells.json").read_text())["cells"]
     assert [c["cell"] for c in cells] == [f"imagenet_tiny/linear/10%/s{k}" for k in range(3)]
     assert cells[1]["recipe"]["seed"] == 1 and cells[1]["recipe"]["T"] == 62
     assert cells[0]["recipe"]["task"]["model"] == "resnet_narrow"
+
+
+def test_a_new_file_is_a_change_of_the_code(tmp_path, monkeypatch):
+    def git(*words: str) -> None:
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True)
+
+    monkeypatch.setattr(code, "HOME", tmp_path)
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "old.py").write_text("old = 1\n")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "first")
+    assert code.git_state()["dirty"] is False and code.diff() == ""
+    (tmp_path / "notes.txt").write_text("no code\n")
+    assert code.git_state()["dirty"] is False
+    (tmp_path / "tasks" / "new.py").write_text("new = 2\n")
+    assert code.git_state()["dirty"] is True
+    assert "+++ b/tasks/new.py" in code.diff() and "+new = 2" in code.diff() and "notes" not in code.diff()
+
+
+def test_every_out_of_a_sweep_has_the_code_on_record(tmp_path, monkeypatch):
+    for name in (submission.SWEEP, submission.HOME, "PYTHONPATH"):
+        monkeypatch.setenv(name, "")
+    submission.begin()
+    jobs = [(f"out={tmp_path}/{name}",) for name in "ab"]
+    submission.record(jobs, [cli.recipe(job) for job in jobs], SlurmLauncher())
+    assert submission.check("stop", tmp_path / "a") is None is submission.check("stop", tmp_path / "b")
+    with pytest.raises(UserError, match="which code was submitted is not on record: .*code=warn runs it"):
+        submission.check("stop", tmp_path / "c")
 
 
 def test_a_job_from_other_code_says_so_or_stops(submitted, tmp_path):
