@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from contextlib import suppress
 from dataclasses import dataclass
@@ -98,6 +99,7 @@ class World:
         """Part from the other processes."""
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+            gc.collect()  # a model in a cycle keeps its group, whose threads abort a process that ends with them
 
 
 def synchronised(model: nn.Module, device: torch.device) -> nn.Module:

@@ -157,10 +157,10 @@ def test_disturbed_cells_end_like_undisturbed_ones(slurm, run, undisturbed, tmp_
     assert {cell.json("state.json").get("state") for cell in cells} == {"partial", None}
 
     driver = run(*words)
-    hit = {}
+    hit, jobs = {}, {}
 
     def disturb(cell: Seen, state: dict) -> None:
-        hit[cell] = state["pid"]
+        hit[cell], jobs[cell] = state["pid"], state["job"]
         if cell is killed:
             os.kill(state["pid"], signal.SIGKILL)
         elif cell is told:
@@ -179,6 +179,12 @@ def test_disturbed_cells_end_like_undisturbed_ones(slurm, run, undisturbed, tmp_
     )
     assert "4 of 4 cells done" in said(driver)
 
+    for cell in (killed, told, timed):  # by the cancelled sweep, and by what was done to the second one
+        assert cell.json("result.json")["resumed"] >= 2 and cell.json("state.json")["job"] == jobs[cell]
+        log = (cell.path / "run.log").read_text()
+        saved = re.findall(r"stopped by signal \d+ after (\d+) steps", log)
+        assert len(saved) >= (1 if cell is killed else 2)  # a preemption takes whoever runs on the node
+        assert all(f"goes on at step {step}" in log for step in saved)
     for seed, cell in enumerate(cells):
         whole, found = Seen(undisturbed, seed), cell.json("result.json")
         assert found["resumed"] >= 1
@@ -203,6 +209,12 @@ def test_the_smoke_sweep_completes(run, tmp_path):
     words = ("-m", "sweep=smoke", "budget=10%", "device=cpu", f"out={tmp_path}", *SLURM)  # 100% takes minutes
     assert "8 of 8 cells done" in said(run(*words))
     assert "nothing to launch" in said(run(*words))
+
+
+def test_a_cell_that_fails_is_named_and_the_others_end(run, tmp_path):
+    words = ("-m", "task.lr=1e20,0.05", "budget.amount=3it", "device=cpu", f"out={tmp_path}", *SLURM)
+    heard = said(run(*words), expect=1)
+    assert "1 of 2 cells done" in heard and re.search(r"s0-\w{6}: failed: NonFinite: the ", heard), heard
 
 
 # What a process draws within the model, it draws for its own samples: detectron2 which anchors and proposals count,

@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 import torch
 
+from budgeted.data import Batches, loader
 from budgeted.distributed import World
 from budgeted.errors import UserError
+from budgeted.randomness import STEPS, seed_all
 from budgeted.session import Interrupted, Session
 from tasks import base, cli, compat, layouts
 
@@ -606,6 +608,19 @@ base.train(cli.recipe(tuple(sys.argv[1:])))
 """
 
 
+def mean_of_halves(det, built, *words):
+    """The first loss of two processes: upstream's own of either half of the batch, with that process's draws."""
+    adapter, session = built("budget.amount=3it", *words)
+    found = []
+    for rank in range(2):
+        batches = Batches(session.recipe.epoch, 0, 1, rank, 2)
+        (half,) = loader(adapter.train_images, session.seed, batches, collate_fn=det.trivial_batch_collator)
+        seed_all(session.seed, STEPS, 0, rank)
+        with det.EventStorage():
+            found.append(float(sum(adapter.trainer.bare(half).values())))
+    return sum(found) / 2
+
+
 @pytest.mark.slow
 def test_two_processes_share_a_batch_and_the_evaluation(det, built, cell, tmp_path):
     words = ("budget.amount=4it", f"out={tmp_path / 'two'}", f"data.root={cell().data.root}")
@@ -620,5 +635,7 @@ def test_two_processes_share_a_batch_and_the_evaluation(det, built, cell, tmp_pa
     assert session.step == 4
     result = session.recipe.cell.result()
     assert result["world_size"] == 2 and result["samples_seen"] == 16
+    first = mean_of_halves(det, built, *words[2:])
+    assert losses(session.recipe)[0]["loss"] == pytest.approx(first, rel=1e-5)
     for name, value in adapter.evaluate().items():
         assert value == pytest.approx(result["metrics"][name]["final"], abs=1e-9), name
