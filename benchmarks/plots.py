@@ -270,14 +270,16 @@ def _progress_curve(curves: Mapping[str, Curve], field: str, title: str) -> byte
 
 
 def heat_map(grid: Grid, rows: int = 40, columns: int = 14) -> bytes:
-    """schedule x budget: the number is the mean in %, the colour how far it is below the best of its budget (pp)."""
+    """schedule x budget: the number is the mean in %, the colour how far it is below the best of its budget (pp).
+
+    A mean over other seeds than the others' has no colour.
+    """
     from matplotlib.colors import PowerNorm
 
     schedules, budgets = grid.schedules[:rows], grid.budgets[:columns]
     means = 100 * grid.means()[:rows, :columns]
-    known = ~np.isnan(means).all(axis=0)
-    gap = np.full(means.shape, np.nan)
-    gap[:, known] = np.nanmax(means[:, known], axis=0) - means[:, known]
+    gap = 100 * grid.gaps()[:rows, :columns]
+    best = {budget: grid.best(budget) for budget in budgets}
     figure, axes = _axes(height=1.15 + 0.235 * len(schedules), right=0.86)
     box = axes.get_position()
     axes.set_position((0.17, box.y0, 0.69, box.height))
@@ -286,10 +288,10 @@ def heat_map(grid: Grid, rows: int = 40, columns: int = 14) -> bytes:
     norm = PowerNorm(0.5, 0, top, clip=True)
     image = axes.pcolormesh(np.ma.masked_invalid(gap), cmap=colours, norm=norm, edgecolors=PAPER, linewidth=1.5)
     for (i, j), value in np.ndenumerate(means):
-        missing = math.isnan(value)
-        dark = not missing and sum(colours(norm(gap[i, j]))[:3]) < 1.6
-        ink = MUTED if missing else "#ffffff" if dark else "#16191d"
-        weight = "bold" if not missing and gap[i, j] == 0 else "normal"
+        missing, compared = math.isnan(value), not math.isnan(gap[i, j])
+        dark = compared and sum(colours(norm(gap[i, j]))[:3]) < 1.6
+        ink = "#ffffff" if dark else "#16191d" if compared else MUTED
+        weight = "bold" if schedules[i] in best[budgets[j]] else "normal"
         axes.text(
             j + 0.5,
             i + 0.5,
@@ -307,7 +309,8 @@ def heat_map(grid: Grid, rows: int = 40, columns: int = 14) -> bytes:
     axes.tick_params(length=0, labelcolor=INK)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    _name(axes, AXES[grid.family], f"{plain(grid.metric)}, % (colour: points below the best of the budget)")
+    other = "; none: other seeds" if np.any(np.isnan(gap) & ~np.isnan(means)) else ""
+    _name(axes, AXES[grid.family], f"{plain(grid.metric)}, % (colour: points below the best of the budget{other})")
     _colour_bar(figure, axes, image, top)
     return png(figure)
 

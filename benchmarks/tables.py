@@ -95,16 +95,35 @@ class Grid:
         rows = [[self.squares[s, b].summary.mean for b in self.budgets] for s in self.schedules]
         return np.array(rows, dtype=float).reshape(len(self.schedules), len(self.budgets))
 
-    def best(self, budget: str) -> set[str]:
-        """The schedules with the highest mean at this budget, of those with all the seeds that any has there.
+    def comparable(self, budget: str) -> dict[str, float]:
+        """schedule -> mean at this budget, of those with all the seeds that any has there.
 
-        Empty if these are fewer than two: means over other seeds are not compared."""
+        Means over other seeds are not compared."""
         squares = {s: self.squares[s, budget] for s in self.schedules}
         seeds = set().union(*(square.values for square in squares.values()))
-        means = {
-            s: q.summary.mean for s, q in squares.items() if set(q.values) == seeds and not math.isnan(q.summary.mean)
-        }
+        return {s: q.summary.mean for s, q in squares.items() if seeds and set(q.values) == seeds}
+
+    def best(self, budget: str) -> set[str]:
+        """The schedules with the highest comparable mean at this budget, empty with fewer than two to compare."""
+        means = self.comparable(budget)
         return {s for s, m in means.items() if m == max(means.values())} if len(means) > 1 else set()
+
+    def ranks(self) -> dict[str, float]:
+        """schedule -> mean rank over budgets, NaN unless its mean is comparable at every one."""
+        columns = [self.comparable(b) for b in self.budgets]
+        scores = np.array([[c.get(s, math.nan) for c in columns] for s in self.schedules], dtype=float)
+        found = mean_ranks(scores.reshape(len(self.schedules), len(columns)))
+        return dict(zip(self.schedules, map(float, found), strict=True))
+
+    def gaps(self) -> np.ndarray:
+        """How far a comparable mean is below the best of its budget, shape (schedules, budgets), NaN elsewhere."""
+        gap = np.full((len(self.schedules), len(self.budgets)), math.nan)
+        for column, budget in enumerate(self.budgets):
+            means = self.comparable(budget)
+            for row, schedule in enumerate(self.schedules):
+                if schedule in means and len(means) > 1:
+                    gap[row, column] = max(means.values()) - means[schedule]
+        return gap
 
 
 # ---- grids
@@ -190,7 +209,7 @@ def _known(schedule: str) -> tuple[int, str]:
 
 
 def _by_rank(grid: Grid) -> list[str]:
-    mean_rank = dict(zip(grid.schedules, mean_ranks(grid.means()), strict=True))
+    mean_rank = grid.ranks()
     return sorted(grid.schedules, key=lambda s: (math.isnan(r := mean_rank[s]), 0 if math.isnan(r) else r, _known(s)))
 
 
@@ -329,9 +348,8 @@ def leader(grid: Grid, full: bool = False) -> str:
 
 
 def ranking(grid: Grid) -> str:
-    """The three schedules with the best mean rank, "" with fewer than three complete ones."""
-    mean_rank = mean_ranks(grid.means())
-    complete = [(r, s) for r, s in zip(mean_rank, grid.schedules, strict=True) if not math.isnan(r)]
+    """The three schedules with the best mean rank, "" with fewer than three that can be compared at every budget."""
+    complete = [(r, s) for s, r in grid.ranks().items() if not math.isnan(r)]
     if len(complete) < 3:
         return ""
     names = ", ".join(f"{s} {r:.1f}" for r, s in complete[:3])
@@ -340,22 +358,32 @@ def ranking(grid: Grid) -> str:
 
 def reach(grid: Grid, schedule: str = PAIR[0], share: float = 0.9) -> str:
     """The smallest budget at which the schedule reaches `share` of the best full-budget mean, "" if unknown."""
-    full = full_value(grid)
-    if full is None or (schedule, grid.budgets[0]) not in grid.squares:
+    best = full_best(grid)
+    if best is None or (schedule, grid.budgets[0]) not in grid.squares:
         return ""
+    full = best.summary.mean
     for budget in grid.budgets:
-        mean = grid.squares[schedule, budget].summary.mean
-        if mean >= share * full and grid.position[budget] < 1:
-            part = f"{100 * mean / full:.0f}%"
+        square = grid.squares[schedule, budget]
+        if square.values.keys() != best.values.keys():
+            continue
+        if square.summary.mean >= share * full and grid.position[budget] < 1:
+            part = f"{100 * square.summary.mean / full:.0f}%"
             return f"With {schedule}, {budget} of the budget reaches {part} of the full-budget {grid.metric}."
     return ""
 
 
-def full_value(grid: Grid) -> float | None:
-    """The best mean over schedules at the full budget; None where nothing ran in full."""
+def full_best(grid: Grid) -> Square | None:
+    """The square of the best comparable mean at the full budget; None where there is none above 0."""
     full = [b for b in grid.budgets if grid.family == "fraction" and abs(grid.position[b] - 1) < 1e-9]
-    means = [m for b in full for s in grid.schedules if not math.isnan(m := grid.squares[s, b].summary.mean)]
-    return max(means) if means and max(means) > 0 else None
+    squares = [grid.squares[s, b] for b in full for s in grid.comparable(b)]
+    best = max(squares, key=lambda q: q.summary.mean, default=None)
+    return best if best and best.summary.mean > 0 else None
+
+
+def full_value(grid: Grid) -> float | None:
+    """The best comparable mean at the full budget; None where there is none above 0."""
+    best = full_best(grid)
+    return best.summary.mean if best else None
 
 
 # ---- cost and provenance

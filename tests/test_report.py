@@ -76,6 +76,33 @@ def test_means_over_other_seeds_are_not_compared(pair):
     assert grid.best("5%") == {"linear"} and grid.best("1%") == set()
 
 
+def test_ranks_colours_and_the_full_value_are_of_the_same_seeds(pair, monkeypatch):
+    for budget, value in (("5%", 0.99), ("100%", 0.98)):
+        put(pair, "imagenet", "rex", budget, 2, value)
+        for seed in range(3):
+            put(pair, "imagenet", "cosine", budget, seed, 0.1)
+    (grid,), _ = tables.grids(scan(pair))
+    assert grid.schedules == ["linear", "step", "cosine", "rex"] and math.isnan(grid.ranks()["rex"])
+    assert tables.ranking(grid) == "Best mean rank of 3 schedules: linear 1.5, step 1.5, cosine 3.0."
+    assert tables.full_value(grid) == pytest.approx(0.70)
+    gaps = dict(zip(grid.schedules, grid.gaps().tolist(), strict=True))
+    assert gaps["linear"] == pytest.approx([0, 0.01]) and all(map(math.isnan, gaps["rex"]))
+    drawn = {}
+    monkeypatch.setattr("matplotlib.axes.Axes.text", lambda self, x, y, s, **k: drawn.update({s: k["weight"]}))
+    plots.heat_map(grid)
+    assert (drawn["52.0"], drawn["70.0"], drawn["99.0"], drawn["98.0"]) == ("bold", "bold", "normal", "normal")
+
+
+def test_what_a_budget_reaches_is_of_the_same_seeds(pair):
+    put(pair, "imagenet", "linear", "50%", 2, 0.69)
+    (grid,), _ = tables.grids(scan(pair))
+    assert tables.reach(grid) == ""
+    put(pair, "imagenet", "linear", "50%", 0, 0.69)
+    put(pair, "imagenet", "linear", "50%", 1, 0.69)
+    (grid,), _ = tables.grids(scan(pair))
+    assert tables.reach(grid) == "With linear, 50% of the budget reaches 99% of the full-budget top1."
+
+
 def test_grid_against_literals(pair):
     (grid,), _ = tables.grids(scan(pair))
     assert (grid.metric, grid.rule, grid.budgets, grid.seeds) == ("top1", "best", ["5%", "100%"], [0, 1, 2])
