@@ -71,10 +71,12 @@ def value_text(square: Square) -> str:
 
 
 def count_text(square: Square, seeds: int) -> str:
-    """'n=3' when every seed is there, else what is: '2/3', '0/3, 1 running'."""
-    n = len(square.values)
-    states = "".join(f", {count} {state}" for state, count in sorted(square.states.items()))
-    return f"n={n}" if n == seeds and not states else f"{n}/{seeds}{states}"
+    """'' where each of the grid's seeds is there, 'n=1' where no more should be, else '1/3, 1 running, 1 missing'."""
+    n, wanted = len(square.values), len(square.seeds)
+    counts = [*sorted(square.states.items()), *([("missing", square.missing)] if square.missing else [])]
+    if n >= wanted and not counts:
+        return f"n={n}" if n not in (0, seeds) else ""
+    return f"{n}/{wanted}" + "".join(f", {count} {state}" for state, count in counts)
 
 
 def published_text(square: Square, task: str) -> str:
@@ -136,9 +138,8 @@ def grid_table(grid: Grid) -> Html:
             square = grid.squares[schedule, budget]
             main = tag("b" if schedule in best[budget] else "span", value_text(square), cls="value")
             under = [tag("small", t) for t in [published_text(square, grid.task)] if t]
-            short = len(square.values) < len(grid.seeds) or bool(square.states)
-            if short:
-                under.append(tag("small", count_text(square, len(grid.seeds)), cls="short"))
+            if short := count_text(square, len(grid.seeds)):
+                under.append(tag("small", short, cls="short"))
             cells.append(tag("td", main, *under, cls="" if square.values else "gap"))
         rows.append(tag("tr", *cells))
     foot = _difference_row(grid)
@@ -245,7 +246,8 @@ def task_section(grid: Grid, pictures: Sequence[Picture]) -> Html:
     """One task: what it says, the table, the pictures, the rest folded away."""
     verdict = compare(grid)
     finished = sum(len(q.runs) for q in grid.squares.values())
-    possible = len(grid.squares) * len(grid.seeds)
+    possible = sum(len(q.seeds) for q in grid.squares.values())
+    missing = sum(q.missing for q in grid.squares.values())
     unfinished = sum(sum(q.states.values()) for q in grid.squares.values())
     says = [sentence([verdict]) + "." if verdict else leader(grid), reach(grid), ranking(grid)]
     if grid.task.endswith("_tiny"):
@@ -253,6 +255,7 @@ def task_section(grid: Grid, pictures: Sequence[Picture]) -> Html:
     facts = f"{finished} of {possible} runs finished" + (
         f", {unfinished} unfinished or unreadable" if unfinished else ""
     )
+    facts += f", {missing} missing" if missing else ""
     rule = {"best": "best evaluation of the run", "final": "final model"}.get(grid.rule, "")
     models = sorted(
         {r.result["model"] for q in grid.squares.values() for r in q.runs if r.result and r.result["model"]}

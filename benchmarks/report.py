@@ -17,32 +17,44 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import page, plots, tables
-from benchmarks.results import Curve, Entry, clean, read_curve, scan
-from benchmarks.tables import Grid, Square, Verdict
+from benchmarks.results import Curve, Entry, clean, read_curve, scan, with_missing
+from benchmarks.tables import Grid, Verdict
 
 if TYPE_CHECKING:
     from rich.console import Group
 
 log = logging.getLogger("budgeted")
+ELSEWHERE = (
+    "These lie deeper than <task>/<schedule>/<budget>/s<seed>: copies, or runs of another directory. They count "
+    "nowhere here; mode=report out=DIR with their own directory reports them."
+)
 DRAWN = 10  # tasks with pictures; every task has its tables
 CURVES = 15  # schedules in the pictures of learning rate and loss
 
 
 @dataclass(slots=True)
 class Survey:
-    """Everything a report says, read once. out: where the runs live. left: finished runs that no grid can hold."""
+    """Everything a report says, read once. out: where the runs live. entries: what lies where cells of `out` do.
+
+    left: finished runs that no grid can hold. elsewhere: directories too deep to be cells of `out`.
+    """
 
     out: Path
     entries: list[Entry]
     grids: list[Grid]
     left: list[Entry]
+    elsewhere: list[Entry]
 
     @property
     def counts(self) -> dict[str, int]:
-        """Runs by state, and the squares of the grids that no run has filled or begun, times seeds."""
+        """Runs by state. missing: what sweeps asked for and is not there; where none is recorded, the seeds that other
+        squares of a grid have."""
         states = Counter(e.state for e in self.entries)
         counts = {state: states[state] for state in page.STATES}
-        counts["missing"] = sum(missing(g, q) for g in self.grids for q in g.squares.values())
+        recorded = any(e.asked is not None for e in self.entries)
+        counts["missing"] = (
+            states["missing"] if recorded else sum(q.missing for g in self.grids for q in g.squares.values())
+        )
         return counts
 
     @property
@@ -53,15 +65,11 @@ class Survey:
         return tables.headline(self.grids, sum(e.state == "done" for e in self.entries))
 
 
-def missing(grid: Grid, square: Square) -> int:
-    """Seeds that neither finished nor left a state in this square."""
-    return max(0, len(grid.seeds) - len(square.runs) - sum(square.states.values()))
-
-
 def survey(out: Path) -> Survey:
-    """Reads every run under `out`."""
-    entries = scan(Path(out))
-    return Survey(Path(out), entries, *tables.grids(entries))
+    """Reads every run under `out`, and what sweeps asked for."""
+    found = scan(Path(out))
+    entries = with_missing([e for e in found if not e.elsewhere], Path(out))
+    return Survey(Path(out), entries, *tables.grids(entries), [e for e in found if e.elsewhere])
 
 
 def build(out: Path, found: Survey | None = None) -> Path:
@@ -157,7 +165,7 @@ def to_html(found: Survey, pictures: dict[int, list[page.Picture]], skipped: int
     if found.left:
         intro = "What these runs departed in cannot be told: they stand in table.csv and in no table here."
         body.append(page.entry_section("Altered in an unknown way", intro, found.left, found.out))
-    stopped = [e for e in found.entries if e.state not in ("done", "unreadable")]
+    stopped = [e for e in found.entries if e.state not in ("done", "unreadable", "missing")]
     broken = [e for e in found.entries if e.state == "unreadable"]
     order = {"failed": 0, "died": 1, "running": 2, "partial": 3}
     if stopped:
@@ -165,6 +173,11 @@ def to_html(found: Survey, pictures: dict[int, list[page.Picture]], skipped: int
         body.append(page.entry_section("Unfinished", intro, sorted(stopped, key=lambda e: order[e.state]), found.out))
     if broken:
         body.append(page.entry_section("Unreadable", "These files count nowhere.", broken, found.out))
+    if asked := [e for e in found.entries if e.state == "missing"]:
+        intro = "Sweeps asked for these and there is nothing of them: the same sweep command launches them."
+        body.append(page.entry_section("Missing", intro, asked, found.out))
+    if found.elsewhere:
+        body.append(page.entry_section("Elsewhere", ELSEWHERE, found.elsewhere, found.out))
     body.append(_colophon(found, skipped, max(0, sum(len(plots.drawable(g)) > 1 for g in found.grids) - DRAWN)))
     return page.document(f"{found.headline} - Budgeted training", body)
 
@@ -224,6 +237,8 @@ def markdown(found: Survey) -> str:
         lines += ["", " ".join(["Percent, mean ± standard deviation over seeds.", *map(_md, page.sources(grid))]), ""]
     if broken := found.counts["unreadable"]:
         lines += [f"{broken:,} unreadable results count nowhere; index.html lists them.", ""]
+    if found.elsewhere:
+        lines += [f"{len(found.elsewhere):,} deeper directories count nowhere; index.html lists them.", ""]
     return "\n".join(lines)
 
 
@@ -234,8 +249,8 @@ def _md_cell(grid: Grid, schedule: str, budget: str, best: bool) -> str:
     square = grid.squares[schedule, budget]
     value = page.value_text(square)
     text = f"**{value}**" if best else value
-    if len(square.values) != len(grid.seeds) or square.states:
-        text += f" ({page.count_text(square, len(grid.seeds))})"
+    if short := page.count_text(square, len(grid.seeds)):
+        text += f" ({short})"
     beside = page.published_text(square, grid.task)
     return text + (f"<br>{beside}" if beside else "")
 
@@ -280,8 +295,8 @@ def _csv_row(grid: Grid, schedule: str, budget: str, reported: bool) -> dict[str
         "task": grid.task, "altered": ", ".join(map(str, grid.departures)),
         "schedule": schedule, "budget": budget, "optimizer": grid.optimizer,
         "axis": grid.family, "position": grid.position[budget], "metric": grid.metric,
-        "reported": int(reported), "rule": grid.rule, "n": s.n, "seeds_expected": len(grid.seeds), "mean": s.mean,
-        "std": s.std, "ci_low": s.low, "ci_high": s.high, "missing": missing(grid, square),
+        "reported": int(reported), "rule": grid.rule, "n": s.n, "seeds_expected": len(square.seeds), "mean": s.mean,
+        "std": s.std, "ci_low": s.low, "ci_high": s.high, "missing": square.missing,
     }  # fmt: skip
     row |= {state: square.states[state] for state in page.STATES if state != "done"}
     if p:
@@ -346,7 +361,7 @@ def _terminal_cell(grid: Grid, schedule: str, budget: str, best: bool) -> Any:
 
     square = grid.squares[schedule, budget]
     text = Text(page.value_text(square), style="bold" if best else "")
-    if len(square.values) != len(grid.seeds) or square.states:
-        text.append(f" {page.count_text(square, len(grid.seeds))}", style="yellow")
+    if short := page.count_text(square, len(grid.seeds)):
+        text.append(f" {short}", style="yellow")
     beside = page.published_text(square, grid.task)
     return text.append(f"\n{beside}", style="dim") if beside else text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import math
 import os
 import re
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 
 from budgeted.cells import undamaged
 
+log = logging.getLogger("budgeted")
 MAX_BYTES = 1 << 20  # a larger result.json or state.json is refused unread
 FRACTIONS = frozenset({"top1", "top5", "box_ap", "mask_ap", "miou"})
 STATES = ("running", "partial", "failed", "done")
@@ -25,6 +27,9 @@ FAMILY = {
     "gpuh": "gpuh",
     "flop": "flop",
 }  # every other unit is a fraction of the full run
+SWEEPS = ".sweep"  # tasks/submission.py writes <out>/.sweep/<id>/cells.json; importing it would take hydra along
+MAX_SWEEP_BYTES, MAX_ASKED = 32 << 20, 100_000  # of one cells.json, some 2 KB a cell; cells over all of them
+DEPTH = 4  # <task>/<schedule>/<budget>/s<seed> below `out`
 SEED = re.compile(r"s(\d{1,9})(?:-([0-9a-f]{6}))?")
 
 
@@ -44,7 +49,8 @@ class Cell(NamedTuple):
 
 @dataclass(slots=True)
 class Entry:
-    """One run directory. state: done running died partial failed unreadable. result: the checked result.json."""
+    """One run directory. state: done running died partial failed unreadable, or missing where a sweep asked for it and
+    there is nothing. result: the checked result.json."""
 
     path: Path
     cell: Cell
@@ -52,6 +58,8 @@ class Entry:
     result: dict[str, Any] | None = None
     progress: dict[str, Any] = field(default_factory=dict)  # the checked state.json
     note: str = ""
+    asked: dict[str, Any] | None = None  # what the sweep that asked for it recorded; unchecked, {} where not needed
+    elsewhere: bool = False  # deeper than a cell of this `out` lies: a copy, or another out's; counts in no table
 
 
 def clean(text: object, limit: int = 300) -> str:
@@ -147,11 +155,11 @@ def _refuse(constant: str) -> float:
     raise BadFile(f"holds {constant}")
 
 
-def load(path: Path) -> dict[str, Any]:
-    """The JSON object in a small regular file. BadFile for anything else, NaN and Infinity included."""
+def load(path: Path, most: int = MAX_BYTES) -> dict[str, Any]:
+    """The JSON object in a regular file of at most so many bytes. BadFile for all else, NaN and Infinity included."""
     try:
         status = path.stat()
-        if not os.path.isfile(path) or status.st_size > MAX_BYTES:
+        if not os.path.isfile(path) or status.st_size > most:
             raise BadFile("is not a small regular file")
         data = json.loads(path.read_bytes(), parse_constant=_refuse)
     except OSError as error:
@@ -297,16 +305,76 @@ def cell_of(path: Path) -> Cell:
 
 
 def scan(out: Path) -> list[Entry]:
-    """Every run directory under `out`, in path order. Of two results of one cell the second is unreadable."""
+    """Every run directory under `out`, in path order.
+
+    A cell lies DEPTH below `out`. What lies deeper is `elsewhere`, and unreadable where it is a copy: where the cell's
+    own directory is there, in whatever state. Of two results at the same depth the second is unreadable.
+    """
     out = Path(out)
-    entries: list[Entry] = []
-    first: dict[Cell, Path] = {}
-    for directory, names in _walk(str(out), 8, {os.path.realpath(out) + os.sep}):
-        entry = read(Path(directory), names)
-        if entry.state == "done" and (other := first.setdefault(entry.cell, entry.path)) != entry.path:
-            entry.state, entry.result, entry.note = "unreadable", None, f"a second result of the cell in {other}"
-        entries.append(entry)
+    entries = [read(Path(found), names) for found, names in _walk(str(out), 8, {os.path.realpath(out) + os.sep})]
+    own: dict[Cell, Path] = {}
+    done: dict[Cell, Path] = {}
+    deep = {id(entry): len(entry.path.relative_to(out).parts) for entry in entries}
+    for entry in sorted(entries, key=lambda e: deep[id(e)]):
+        entry.elsewhere = deep[id(entry)] > DEPTH
+        if entry.elsewhere and entry.cell in own:
+            _discard(entry, f"a copy of the cell in {own[entry.cell]}")
+        elif not entry.elsewhere and entry.cell.seed >= 0:
+            own.setdefault(entry.cell, entry.path)
+            if entry.state == "done" and (first := done.setdefault(entry.cell, entry.path)) != entry.path:
+                _discard(entry, f"a second result of the cell in {first}")
     return entries
+
+
+def asked(out: Path) -> dict[Cell, dict[str, Any]]:
+    """What the sweeps under `out` asked for, by cell, as their cells.json say: {words, recipe, ...}, unchecked.
+
+    A sweep records the cells that it launched; those already done are not among them.
+    """
+    found: dict[Cell, dict[str, Any]] = {}
+    for path in sorted((Path(out) / SWEEPS).glob("*/cells.json")):
+        try:
+            cells = load(path, MAX_SWEEP_BYTES).get("cells")
+        except BadFile as error:
+            log.warning("%s %s: what it asked for is not in the report", clean(path), error)
+            continue
+        for one in cells if isinstance(cells, list) else ():
+            if (cell := _asked_cell(one)) and len(found) < MAX_ASKED:
+                found[cell] = one
+    return found
+
+
+def _asked_cell(record: object) -> Cell | None:
+    """The cell of one record in a cells.json, None where it names none."""
+    name = record.get("cell") if isinstance(record, dict) else None
+    if not isinstance(name, str) or len(name) > 1000:
+        return None
+    path = Path(name)
+    if len(path.parts) != DEPTH or path.is_absolute() or ".." in path.parts:
+        return None
+    try:
+        cell = cell_of(path)
+        amount(cell.budget)
+    except BadFile:
+        return None
+    return cell
+
+
+def with_missing(entries: list[Entry], out: Path) -> list[Entry]:
+    """The entries, those that a sweep asked for marked, and one more for each that was asked for and is not there."""
+    wanted = asked(out)
+    for entry in entries:
+        if wanted.pop(entry.cell, None) is not None:
+            entry.asked = {}
+    names = ((cell, f"s{cell.seed}" + (f"-{cell.suffix}" if cell.suffix else "")) for cell in wanted)
+    return entries + [
+        Entry(Path(out) / cell.task / cell.schedule / cell.budget / name, cell, "missing", asked=wanted[cell])
+        for cell, name in names
+    ]
+
+
+def _discard(entry: Entry, why: str) -> None:
+    entry.state, entry.result, entry.note = "unreadable", None, why
 
 
 def read(path: Path, names: set[str] | None = None) -> Entry:

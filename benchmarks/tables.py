@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.published import RECIPES, Published, beside
-from benchmarks.results import BadFile, Entry, amount, clean, written
+from benchmarks.results import BadFile, Entry, amount, cell_of, clean, written
 from benchmarks.statistics import Summary, mean_ranks, paired, summarize
 
 PAIR = ("linear", "step")  # the comparison of the paper
@@ -23,6 +23,7 @@ ORDER = (
     "knee", "wsd", "sgdr", "uba", "refined",
 )  # fmt: skip
 CONF = Path(__file__).parent.parent / "conf"
+LEAF = 400  # characters of a value that are kept: a path's end tells it from others
 CONFIGS = 2000  # different configurations that are read at most
 AXES = {
     "fraction": "budget, share of the full run",
@@ -40,18 +41,28 @@ class Departure(NamedTuple):
     named: str
 
     def __str__(self) -> str:
-        return f"{self.key} {self.value}" + (f" ({self.named})" if self.named else "")
+        return f"{self.key} {clean(self.value, 80)}" + (f" ({clean(self.named, 80)})" if self.named else "")
 
 
 @dataclass(slots=True)
 class Square:
-    """The runs of one schedule at one budget. values: seed -> metric; states: count of the unfinished by state."""
+    """The runs of one schedule at one budget. values: seed -> metric; states: count of the unfinished by state.
+
+    seeds: those that should be here; begun: those of the unfinished.
+    """
 
     values: dict[int, float] = field(default_factory=dict)
     runs: list[Entry] = field(default_factory=list)
     states: Counter[str] = field(default_factory=Counter)
     summary: Summary = summarize(())
     published: Published | None = None
+    seeds: set[int] = field(default_factory=set)
+    begun: set[int] = field(default_factory=set)
+
+    @property
+    def missing(self) -> int:
+        """Seeds that should be here and neither finished nor left a state."""
+        return len(self.seeds - self.begun - {run.cell.seed for run in self.runs})
 
 
 @dataclass(slots=True)
@@ -72,13 +83,12 @@ class Grid:
     seeds: list[int]  # the union over all squares
     squares: dict[tuple[str, str], Square]
     departures: tuple[Departure, ...] = ()  # from the named recipe, the same for all runs
-    optimizers: int = 1  # how many optimizers this recipe has
 
     @property
     def title(self) -> str:
         """Name for a heading."""
         altered = ", altered" if self.departures else ""
-        return self.task + altered + (f" · {self.optimizer}" if self.optimizers > 1 else "")
+        return self.task + altered
 
     @property
     def full_title(self) -> str:
@@ -87,7 +97,7 @@ class Grid:
 
     def altered(self, most: int = 3) -> str:
         """The first departures in a few words, "" for a named recipe."""
-        shown = ", ".join(f"{d.key} {d.value}" for d in self.departures[:most])
+        shown = ", ".join(f"{d.key} {clean(d.value, 80)}" for d in self.departures[:most])
         return shown + (f" and {more} more" if (more := len(self.departures) - most) > 0 else "")
 
     def means(self) -> np.ndarray:
@@ -133,12 +143,15 @@ def grids(entries: Iterable[Entry]) -> tuple[list[Grid], list[Entry]]:
     """The grids of the reported metrics, and the finished runs that no grid can hold, with the reason in `note`.
 
     Runs are pooled by what departs from the named recipe, apart from schedule, budget and seed. Named recipes come
-    first; among them and among the altered ones tasks with real data, then by name.
+    first; among them and among the altered ones tasks with real data, then by name. Where sweeps say what was asked
+    for, each square expects that and what is there; else every seed of its grid.
     """
+    entries = list(entries)
+    recorded = any(e.asked is not None for e in entries)
     groups, left = by_recipe(entries)
     made = []
     for task, departures in sorted(groups, key=lambda key: (bool(key[1]), _place(key[0]), key[1])):
-        made += _recipe_grids(task, departures, groups[task, departures])
+        made += _recipe_grids(task, departures, groups[task, departures], recorded)
     return made, left
 
 
@@ -153,7 +166,7 @@ def _recipe(entry: Entry) -> tuple[str, str, str]:
     return (result["optimizer"], result["reported.metric"], result["reported.rule"]) if result else ("", "", "")
 
 
-def _recipe_grids(task: str, departures: tuple[Departure, ...], entries: list[Entry]) -> list[Grid]:
+def _recipe_grids(task: str, departures: tuple[Departure, ...], entries: list[Entry], recorded: bool) -> list[Grid]:
     """One grid per metric, rule and axis; unfinished runs, where these are not known, go with the most common ones."""
     recipes = Counter(_recipe(e) for e in entries if e.result)
     common = recipes.most_common(1)[0][0] if recipes else ("", "", "")
@@ -165,9 +178,7 @@ def _recipe_grids(task: str, departures: tuple[Departure, ...], entries: list[En
             continue
         parts[(_recipe(entry) if entry.result else common), family].append(entry)
     order = sorted(parts, key=lambda k: (-recipes[k[0]], list(AXES).index(k[1]), k[0]))
-    made = [_grid(task, recipe, family, parts[recipe, family], departures) for recipe, family in order]
-    for grid in made:
-        grid.optimizers = len({optimizer for optimizer, _, _ in recipes})
+    made = [_grid(task, recipe, family, parts[recipe, family], departures, recorded) for recipe, family in order]
     return made
 
 
@@ -177,20 +188,24 @@ def _grid(
     family: str,
     entries: list[Entry],
     departures: tuple[Departure, ...],
+    recorded: bool = False,
 ) -> Grid:
     optimizer, metric, rule = recipe
     squares: dict[tuple[str, str], Square] = defaultdict(Square)
     for entry in entries:
         square = squares[entry.cell.schedule, entry.cell.budget]
+        if entry.state != "unreadable" or entry.asked is not None:
+            square.seeds.add(entry.cell.seed)
         if entry.result:
             square.runs.append(entry)
             value = entry.result["metrics"].get(metric, {}).get(rule)
             if value is not None:
                 square.values[entry.cell.seed] = value
-        else:
+        elif entry.state != "missing":
             square.states[entry.state] += 1
+            square.begun.add(entry.cell.seed)
     position = _positions({b for _, b in squares}, entries, family)
-    budgets = sorted(position, key=lambda b: (math.isnan(position[b]), position[b], written(b)))
+    budgets = sorted(position, key=lambda b: (math.isnan(p := position[b]), 0 if math.isnan(p) else p, written(b)))
     schedules = sorted({s for s, _ in squares}, key=_known)
     for schedule in schedules:
         for budget in budgets:
@@ -198,7 +213,10 @@ def _grid(
             square.summary = summarize(list(square.values.values()))
             if family == "fraction" and not departures:
                 square.published = beside(task, optimizer, schedule, budget, metric)
-    seeds = sorted({e.cell.seed for e in entries if e.state != "unreadable"})
+    seeds = sorted(set().union(*(q.seeds for q in squares.values())))
+    if not recorded:
+        for square in squares.values():
+            square.seeds = set(seeds)
     grid = Grid(task, optimizer, metric, rule, family, schedules, budgets, position, seeds, dict(squares), departures)
     grid.schedules = _by_rank(grid)
     return grid
@@ -235,7 +253,10 @@ def secondary(grid: Grid) -> list[Grid]:
     names = sorted({name for run in runs if run.result for name in run.result["metrics"]} - {grid.metric})
     made = [_grid(grid.task, (grid.optimizer, name, grid.rule), grid.family, runs, grid.departures) for name in names]
     for other in made:
-        other.optimizers = grid.optimizers
+        other.seeds = grid.seeds
+        for key, square in other.squares.items():
+            first = grid.squares[key]
+            square.seeds, square.states, square.begun = first.seeds, first.states, first.begun
     return [g for g in made if any(s.values for s in g.squares.values())]
 
 
@@ -469,12 +490,13 @@ def by_recipe(
     left: list[Entry] = []
     configs: dict[str, dict[str, str]] = {}
     for entry in entries:
-        if entry.cell.seed < 0:
+        if entry.cell.seed < 0 or entry.elsewhere:
             continue
         if not entry.cell.suffix:
             groups[entry.cell.task, ()].append(entry)
             continue
-        leaves = _config(entry.path / "config.yaml", configs)
+        missing = entry.state == "missing"
+        leaves = _recorded(entry.asked or {}) if missing else _config(entry.path / "config.yaml", configs)
         if leaves:
             own, others = _departures(leaves, entry.cell.task, entry.cell.schedule)
             cell = entry.cell._replace(schedule=" ".join([entry.cell.schedule, *own]))
@@ -494,43 +516,58 @@ def by_recipe(
 
 def _by_data(task: str, others: tuple[Departure, ...], runs: list[Entry]) -> dict[tuple[Departure, ...], list[Entry]]:
     """Runs by all departures, the size of the data among them; unfinished ones, of unknown data, by the commonest."""
-    wanted = dict(_task(task)).get("task.samples", "null")
+    wanted = dict(_task(task)).get("task.samples", "null")  # none for Kinetics: every copy has its own
     subset = {d.value for d in others if d.key == "data.subset"}
 
     def complete(run: Entry) -> tuple[Departure, ...]:
-        size = run.result["data.n_train"] if run.result else None
-        if size is None or str(size) == wanted or str(size) in subset:
+        size = run.result["data.n_train"] if run.result else _samples(run.asked or {})
+        if size is None or wanted == "null" or str(size) == wanted or str(size) in subset:
             found = others
         else:
-            found = (Departure(DATA, f"{size}", "" if wanted == "null" else wanted), *others)
+            found = (Departure(DATA, f"{size}", wanted), *others)
         return found if found or " " in run.cell.schedule else (UNKNOWN,)
 
-    known = Counter(complete(run) for run in runs if run.result)
+    known = Counter(complete(run) for run in runs if run.result or run.state == "missing")
     common = known.most_common(1)[0][0] if known else others or (UNKNOWN,)
     parts: dict[tuple[Departure, ...], list[Entry]] = defaultdict(list)
     for run in runs:
-        parts[complete(run) if run.result else common].append(run)
+        parts[complete(run) if run.result or run.state == "missing" else common].append(run)
     return parts
 
 
 def _departures(leaves: dict[str, str], task: str, schedule: str) -> tuple[list[str], tuple[Departure, ...]]:
     """What departs from conf/: in the schedule's constants (words for its name), and in all else, foremost first."""
-    named = dict(_leaves_of("config")) | dict(_task(task))
-    usual = named["optimizer.name"] = dict(_leaves_of("config"))["defaults.optimizer"]
+    named = dict(_leaves_of("config"))
+    usual = named["defaults.optimizer"]
     for group, name in (("schedule", schedule), ("optimizer", leaves.get("optimizer.name", usual))):
-        named |= {f"{group}.{k}": v for k, v in _leaves_of(f"{group}/{name}") if (group, k) != ("optimizer", "name")}
+        named |= {f"{group}.{k}": v for k, v in _leaves_of(f"{group}/{name}")}
+    named |= {"optimizer.name": usual} | dict(_task(task))  # a task has the last word on its optimizer, as in Hydra
     own, others = [], []
     for key, value in sorted(leaves.items(), key=lambda leaf: (leaf[0] not in FOREMOST, leaf[0])):
         was = named.get(key, "")
-        if key == "task.weights":
-            value = value.rsplit("/", 1)[-1]  # where they lie does not matter
-        if not key.startswith(AFFECTING) or key.startswith(QUIET) or value == was or was == "???" or "${" in was:
+        if not key.startswith(AFFECTING) or key.startswith(QUIET) or value == was or "${" in was:
             continue
-        if key.startswith("schedule."):
+        if key == "task.weights" and "://" not in value:
+            value = value.rsplit("/", 1)[-1]  # where they lie does not matter
+        if key == "schedule.run":
+            own.append(f"run={_source(value, task)}")
+        elif was == "???":
+            continue
+        elif key.startswith("schedule."):
             own.append(f"{key.removeprefix('schedule.')}={value}")
         else:
             others.append(Departure("optimizer" if key == "optimizer.name" else key, value, was))
     return own, tuple(others)
+
+
+def _source(run: str, task: str) -> str:
+    """A short name of the run that a schedule was made from: its cell, without the task where that is the same."""
+    try:
+        cell = cell_of(Path(run))
+        parts = Path(run).parts[-4 if cell.task != task else -3 :]
+    except BadFile:
+        parts = Path(run).parts[-1:]
+    return "/".join(parts)
 
 
 AFFECTING = ("task.", "schedule.", "optimizer.", "precision", "hold", "on_nonfinite", "micro_batch", "data.subset")
@@ -549,6 +586,31 @@ def _config(path: Path, known: dict[str, dict[str, str]]) -> dict[str, str]:
     if text not in known and len(known) < CONFIGS:
         known[text] = _parsed(text)
     return known.get(text, {})
+
+
+def _recorded(record: dict[str, Any]) -> dict[str, str]:
+    """Leaves of what cells.json says of a cell, as its config.yaml would say them; {} if it says nothing usable."""
+    recipe, words = record.get("recipe"), record.get("words")
+    if not isinstance(recipe, dict):
+        return {}
+    data = recipe.get("data")
+    whole = {key: value for key, value in recipe.items() if key not in ("data", "budget", "seed")}
+    leaves = _leaves(whole | {"data": {"subset": data.get("subset") if isinstance(data, dict) else None}})
+    if leaves.get("optimizer.lr") == leaves.get("task.lr"):  # filled in there, null in a config.yaml
+        leaves["optimizer.lr"] = "null"
+    for word in words if isinstance(words, list) else ():
+        key, _, value = str(word).partition("=")
+        if key in ("task.weights", "schedule.run"):  # digests there
+            leaves[key] = clean(value.strip("'\""), LEAF)
+    return leaves
+
+
+def _samples(record: dict[str, Any]) -> int | None:
+    """How many training samples a cell that was asked for was to have, None where cells.json does not say."""
+    recipe = record.get("recipe")
+    data = recipe.get("data") if isinstance(recipe, dict) else None
+    size = data.get("train") if isinstance(data, dict) else None
+    return size if isinstance(size, int) and not isinstance(size, bool) else None
 
 
 def _parsed(text: str) -> dict[str, str]:
@@ -574,7 +636,7 @@ def _leaves(data: object, prefix: str = "", depth: int = 6) -> dict[str, str]:
         return {prefix: "null" if data is None else str(data).lower()}
     if isinstance(data, float):
         return {prefix: f"{data:.12g}"}  # 1.0 and 1 are one value
-    return {prefix: clean(data, 80)}
+    return {prefix: clean(data, LEAF)}
 
 
 @lru_cache(maxsize=256)

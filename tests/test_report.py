@@ -414,6 +414,40 @@ def test_a_copied_directory_counts_once(pair):
     assert states.count("unreadable") == 2 + 14
 
 
+def test_the_live_cell_wins_and_no_copy_hides_a_missing_one(pair):
+    """`backup` and `old` come before and after `imagenet` in the alphabet."""
+    put(pair / "backup", "imagenet", "linear", "5%", 0, 0.10)
+    shutil.copytree(pair / "imagenet/step/5%/s2", pair / "old/imagenet/step/5%/s2")
+    shutil.rmtree(pair / "imagenet/step/5%/s2")
+    state(pair, "old/imagenet/step/5%/s1", state="failed", error="boom")
+    put(pair / "gpu", "coco", "linear", "5%", 0, 0.3)
+    found = report.survey(pair)
+    (grid,) = found.grids
+    assert grid.squares["linear", "5%"].values[0] == pytest.approx(0.51)
+    assert grid.squares["step", "5%"].values.keys() == {0, 1} and not grid.squares["step", "5%"].states
+    assert (found.counts["done"], found.counts["unreadable"], found.counts["missing"]) == (11, 0, 1)
+    notes = {str(e.path.relative_to(pair)): (e.state, e.note) for e in found.elsewhere}
+    assert notes["backup/imagenet/linear/5%/s0"][1] == f"a copy of the cell in {pair / 'imagenet/linear/5%/s0'}"
+    assert {name: state for name, (state, _) in notes.items()} == {
+        "backup/imagenet/linear/5%/s0": "unreadable", "old/imagenet/step/5%/s1": "unreadable",
+        "old/imagenet/step/5%/s2": "done", "gpu/coco/linear/5%/s0": "done",
+    }  # fmt: skip
+    assert "Elsewhere (4)" in report.build(pair).read_text()
+
+
+def test_a_copy_of_a_damaged_cell_does_not_stand_for_it(pair):
+    shutil.copytree(pair / "imagenet", pair / "old" / "imagenet")
+    (pair / "imagenet/linear/5%/s0/result.json").write_text("{")
+    assert report.survey(pair).counts["unreadable"] == 1
+    assert report.survey(pair).grids[0].squares["linear", "5%"].values.keys() == {1, 2}
+
+
+def test_an_unreadable_seed_hides_no_missing_one(pair):
+    shutil.copytree(pair / "imagenet/linear/5%/s0", pair / "imagenet/step/5%/s9")
+    shutil.rmtree(pair / "imagenet/step/5%/s2")
+    assert report.survey(pair).counts["missing"] == 1
+
+
 def test_missing_and_unfinished_squares_are_counted(pair):
     shutil.rmtree(pair / "imagenet" / "step" / "5%" / "s2")
     state(pair, "imagenet/rex/5%/s0")
@@ -425,6 +459,87 @@ def test_missing_and_unfinished_squares_are_counted(pair):
     }  # fmt: skip
     page = report.build(pair).read_text()
     assert "0/3, 1 failed, 1 running" in page and "2/3" in page
+
+
+def asked(out, *cells, sweep="1", **more):
+    """A cells.json that asked for these; more: fields of each of its records."""
+    folder = out / ".sweep" / sweep
+    folder.mkdir(parents=True)
+    (folder / "cells.json").write_text(json.dumps({"cells": [{"cell": name, **more} for name in cells]}))
+
+
+def test_what_a_sweep_asked_for_and_never_began_is_missing(pair):
+    asked(pair, *(f"imagenet/{s}/1%/s{k}" for s in ("linear", "step") for k in range(4)), "imagenet/linear/5%/s0")
+    asked(pair, "coco/rex/25%/s0", "coco/rex/25%/s1", sweep="2")
+    put(pair, "imagenet", "step", "1%", 0, 0.2)
+    found = report.survey(pair)
+    imagenet, coco = found.grids
+    assert (imagenet.budgets, imagenet.seeds) == (["1%", "5%", "100%"], [0, 1, 2, 3])
+    assert {k: q.missing for k, q in imagenet.squares.items() if q.missing} == {("linear", "1%"): 4, ("step", "1%"): 3}
+    assert (coco.task, coco.schedules, coco.squares["rex", "25%"].missing) == ("coco", ["rex"], 2)
+    assert found.counts["missing"] == 4 + 3 + 2
+    table = report.markdown(found)
+    assert "— (0/4, 4 missing)" in table and "(1/4, 3 missing)" in table and "(n=3)" in table
+    page = report.build(pair).read_text()
+    assert "Missing (9)" in page and "0/2, 2 missing" in page and "coco/rex/25%/s1" in page
+    rows = {(r["task"], r["schedule"], r["budget"]): r for r in csv.DictReader(io.StringIO(report.to_csv(found)))}
+    assert (rows["coco", "rex", "25%"]["missing"], rows["coco", "rex", "25%"]["seeds_expected"]) == ("2", "2")
+    assert "0/2, 2 missing" in text(report.render_terminal(pair))
+
+
+def test_what_nobody_asked_for_is_not_missing(pair):
+    put(pair, "imagenet", "rex", "5%", 0, 0.5)
+    assert report.survey(pair).counts["missing"] == 2 + 3  # no sweep on record: every seed of the others
+    asked(pair, "imagenet/rex/5%/s0")
+    found = report.survey(pair)
+    assert found.counts["missing"] == 0 and found.grids[0].squares["rex", "100%"].seeds == set()
+    assert [line for line in report.markdown(found).splitlines() if line.startswith("| rex")] == [
+        "| rex | 50.00 (n=1) | — |",
+    ]  # fmt: skip
+
+
+def test_a_missing_cell_that_lies_elsewhere_or_is_unreadable(pair):
+    asked(pair, "imagenet/linear/5%/s0", "imagenet/linear/5%/s1", "imagenet/step/5%/s0")
+    shutil.copytree(pair / "imagenet/linear/5%/s0", pair / "backup/imagenet/linear/5%/s0")
+    shutil.rmtree(pair / "imagenet/linear/5%/s0")
+    (pair / "imagenet/linear/5%/s1/result.json").write_text("{")
+    found = report.survey(pair)
+    assert (found.counts["missing"], found.counts["unreadable"]) == (1, 1)
+    square = found.grids[0].squares["linear", "5%"]
+    assert (square.seeds, square.missing, square.states) == ({0, 1, 2}, 1, {"unreadable": 1})
+
+
+def test_a_missing_altered_cell_stands_with_those_of_its_recipe(variant):
+    recipe = {
+        "task": {"name": "cifar10", "lr": 0.1, "model": "mine", "warmup": {"fraction": 0}},
+        "optimizer": {"name": "sgd", "momentum": 0.9, "lr": 0.1}, "schedule": {"name": "exp", "gamma": 0.99},
+        "precision": "fp32", "data": {"subset": 5000, "train": 5000, "val": 9}, "budget": "5%", "seed": 2, "T": 7,
+    }  # fmt: skip
+    asked(variant, "cifar10/exp/5%/s2-0a1b2c", recipe=recipe, words=["schedule=exp", "schedule.gamma=0.99"])
+    found = report.survey(variant)
+    (grid,) = found.grids
+    assert grid.squares["exp gamma=0.99", "5%"].missing == found.counts["missing"] == 1
+    assert grid.squares["linear", "5%"].missing == 0
+
+
+def test_hostile_records_of_sweeps_ask_for_nothing(pair, caplog):
+    names = ["../../../s0", "/a/b/5%/s0", "a/../5%/s0", "imagenet/linear/parsecs/s0", "x" * 5000, "", "s0", 3, None, True,
+             ["imagenet/linear/1%/s0"], "a/b/5%/s" + "9" * 400, "\x1b[2J/b/5%/s0", "a\ud800/b/5%/s0", "a/b/c/5%/s0"]  # fmt: skip
+    asked(pair, *names)
+    for index, content in enumerate(
+        ('{"cells": 3}', "[]", "{", '{"cells": [3, null, [], {"cell": {}}]}', "", "[" * 9999)
+    ):
+        (pair / ".sweep" / f"x{index}").mkdir()
+        (pair / ".sweep" / f"x{index}" / "cells.json").write_text(content)
+    (pair / ".sweep" / "file").write_text("")
+    (pair / ".sweep" / "folder" / "cells.json").mkdir(parents=True)
+    assert report.survey(pair).counts["missing"] == 0 and "is not JSON" in caplog.text
+    for index, recipe in enumerate(
+        (3, [], {"task": 3, "data": []}, {"data": {"train": True}}, {"schedule": {"run": {}}})
+    ):
+        asked(pair, f"imagenet/linear/5%/s7-00000{index}", sweep=f"y{index}", recipe=recipe, words={"a": 1})
+    assert report.survey(pair).counts["missing"] == 5
+    report.build(pair)
 
 
 # ---- what is shown
