@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -489,6 +491,7 @@ def by_recipe(
     suffixed: dict[tuple[str, tuple[Departure, ...]], list[Entry]] = defaultdict(list)
     left: list[Entry] = []
     configs: dict[str, dict[str, str]] = {}
+    sources: dict[str, str] = {}
     for entry in entries:
         if entry.cell.seed < 0 or entry.elsewhere:
             continue
@@ -499,7 +502,8 @@ def by_recipe(
         leaves = _recorded(entry.asked or {}) if missing else _config(entry.path / "config.yaml", configs)
         if leaves:
             own, others = _departures(leaves, entry.cell.task, entry.cell.schedule)
-            cell = entry.cell._replace(schedule=" ".join([entry.cell.schedule, *own]))
+            name = _distinct(" ".join([entry.cell.schedule, *own]), leaves.get("schedule.run"), sources)
+            cell = entry.cell._replace(schedule=name)
             suffixed[entry.cell.task, others].append(replace(entry, cell=cell))
         elif entry.result:
             left.append(replace(entry, note="config.yaml cannot be read, or too many differ"))
@@ -568,6 +572,14 @@ def _source(run: str, task: str) -> str:
     except BadFile:
         parts = Path(run).parts[-1:]
     return "/".join(parts)
+
+
+def _distinct(name: str, run: str | None, known: dict[str, str]) -> str:
+    """The name of a schedule made from `run`, with a digest where one from another run has it. known: name -> run."""
+    if run is None:
+        return name
+    path = os.path.abspath(run)
+    return name if known.setdefault(name, path) == path else f"{name} #{sha256(path.encode()).hexdigest()[:4]}"
 
 
 AFFECTING = ("task.", "schedule.", "optimizer.", "precision", "hold", "on_nonfinite", "micro_batch", "data.subset")

@@ -275,6 +275,63 @@ def test_constants_name_the_schedule_and_anything_else_splits(tmp_path):
     assert report.survey(tmp_path).headline.startswith("exp gamma=0.99 is best at 1 of 1 budget on cifar10 (altered:")
 
 
+def put_recipe(out, task, schedule, seed, *changes, run_of=None, n_train=None):
+    """A finished suffixed run at 5% of a task of conf/, composed by Hydra with these overrides, as the trainer does."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    words = [f"task={task}", f"schedule={schedule}", "budget=5%", f"seed={seed}", *changes]
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        config = compose("config", [*words, *([f"schedule.run={run_of}"] if run_of else [])])
+    suffix = hashlib.sha256(" ".join([*words, str(run_of)]).encode()).hexdigest()[:6]
+    data = run("coco" if task.startswith("coco") else "imagenet", schedule, "5%", seed, 0.5, suffix=suffix)
+    data |= {"task": task, "data": data["data"] | {"n_train": n_train or config.task.get("samples", 240_000)}}
+    path = write_run(out, data, suffix)
+    (path / "config.yaml").write_text(OmegaConf.to_yaml(config))
+    return path
+
+
+@pytest.mark.parametrize("task", ["coco", "cityscapes", "kinetics", "kinetics_tiny", "imagenet"])
+def test_only_what_was_changed_departs(tmp_path, task):
+    put_recipe(tmp_path, task, "linear", 0, "task.lr=0.123")
+    put_recipe(tmp_path, task, "exp", 0, "schedule.gamma=0.99")
+    put_recipe(tmp_path, task, "linear", 1, "task.weights=/mine/R-50.pkl")
+    put(tmp_path, task, "linear", "5%", 0, 0.5) if task in ("coco", "imagenet") else None
+    found, left = tables.grids(scan(tmp_path))
+    assert [g.altered() for g in found] == ["", "task.lr 0.123", "task.weights R-50.pkl"] and not left
+    assert "exp gamma=0.99" in found[0].schedules and ("linear" in found[0].schedules) == (task in ("coco", "imagenet"))
+
+
+def test_a_task_s_own_optimizer_value_departs_where_it_is_changed(tmp_path):
+    put_recipe(tmp_path, "kinetics", "linear", 0, "optimizer.nesterov=false")
+    (grid,), _ = tables.grids(scan(tmp_path))
+    assert list(map(str, grid.departures)) == ["optimizer.nesterov false (true)"]
+
+
+def test_an_optimizer_of_another_name_departs_by_its_name_alone(tmp_path):
+    put_recipe(tmp_path, "imagenet", "linear", 0, "optimizer=adam")
+    (grid,), _ = tables.grids(scan(tmp_path))
+    assert list(map(str, grid.departures)) == ["optimizer adam (sgd)"]
+
+
+def test_refined_stands_beside_the_others_under_the_name_of_its_source(pair):
+    for seed in range(2):
+        put_recipe(pair, "imagenet", "refined", seed, run_of="runs/imagenet/linear/100%/s0")
+        put_recipe(pair, "imagenet", "refined", seed, run_of=f"/{'long/' * 30}imagenet/linear/100%/s1")
+    put_recipe(pair, "imagenet", "refined", 0, run_of="/elsewhere/imagenet_tiny/linear/100%/s1")
+    put_recipe(pair, "imagenet", "refined", 0, "schedule.power=1", run_of="/elsewhere/mine")
+    for source in ("first", "second"):
+        put_recipe(pair, "imagenet", "refined", 0, run_of=f"/{source}/imagenet/linear/100%/s7")
+    (grid,), left = tables.grids(scan(pair))
+    names = {
+        "linear", "step", "refined run=linear/100%/s0", "refined run=linear/100%/s1",
+        "refined run=imagenet_tiny/linear/100%/s1", "refined power=1 run=mine",
+    }  # fmt: skip
+    twins = {s for s in grid.schedules if s.startswith("refined run=linear/100%/s7")}
+    assert set(grid.schedules) - twins == names and len(twins) == 2 and not left and not grid.departures
+    assert grid.squares["refined run=linear/100%/s1", "5%"].values.keys() == {0, 1}
+
+
 def test_other_data_split_by_their_size_and_unfinished_runs_join_in(tmp_path):
     for seed, size in ((0, 300), (1, 300), (2, 40)):
         path = put_altered(tmp_path, "linear", "5%", seed, 0.5, subset=size, model="resnet18_cifar")
