@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.published import RECIPES
-from benchmarks.results import Entry, clean
+from benchmarks.results import Entry, clean, seconds_text
 from benchmarks.tables import (
     AXES,
     Grid,
@@ -20,6 +20,7 @@ from benchmarks.tables import (
     compare,
     costs,
     leader,
+    published_notes,
     ranking,
     reach,
     secondary,
@@ -93,28 +94,14 @@ def signed(difference: float, digits: int = 2) -> str:
     return f"{100 * difference:+.{digits}f}".replace("-", "\u2212")
 
 
-def seconds_text(seconds: float | None) -> str:
-    """'42 s', '3 min 20 s', '5 h 07 min', '3 d 4 h'."""
-    if seconds is None:
-        return "—"
-    s = round(seconds)
-    if s < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{s} s"
-    if s < 3600:
-        return f"{s // 60} min {s % 60:02d} s"
-    if s < 48 * 3600:
-        return f"{s // 3600} h {s % 3600 // 60:02d} min"
-    return f"{s // 86400:,} d {s % 86400 // 3600} h"
-
-
 def sources(grid: Grid) -> list[str]:
     """Where the published numbers of a grid come from, and what to know about them."""
     found = sorted({q.published.source for q in grid.squares.values() if q.published})
     recipe = None if grid.departures else RECIPES.get(grid.task)
-    lines = [f"{recipe.tag}: {source}." for source in found] if recipe else []
-    if recipe and recipe.note and grid.family == "fraction":
-        lines.append(recipe.note)
-    return lines
+    if recipe is None or grid.family != "fraction":
+        return []
+    runs = [run for square in grid.squares.values() for run in square.runs]
+    return [*(f"{recipe.tag}: {source}." for source in found), *published_notes(grid.task, runs)]
 
 
 # ---- tables
@@ -133,7 +120,7 @@ def grid_table(grid: Grid) -> Html:
     best = {b: grid.best(b) for b in grid.budgets}
     rows = []
     for schedule in grid.schedules:
-        cells = [tag("th", clean(schedule, 40), scope="row")]
+        cells = [tag("th", clean(schedule, 80), scope="row")]
         for budget in grid.budgets:
             square = grid.squares[schedule, budget]
             main = tag("b" if schedule in best[budget] else "span", value_text(square), cls="value")

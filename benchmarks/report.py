@@ -234,7 +234,13 @@ def markdown(found: Survey) -> str:
             ahead = [verdict.differences.get(b) for b in grid.budgets]
             shown = ["—" if d is None else page.signed(d.mean) for d in ahead]
             lines.append(f"| *{verdict.first} − {verdict.second}* | " + " | ".join(shown) + " |")
-        lines += ["", " ".join(["Percent, mean ± standard deviation over seeds.", *map(_md, page.sources(grid))]), ""]
+        lines += [
+            "",
+            " ".join(
+                ["Percent, mean ± standard deviation over seeds.", *(_md(line, 1000) for line in page.sources(grid))]
+            ),
+            "",
+        ]
     if broken := found.counts["unreadable"]:
         lines += [f"{broken:,} unreadable results count nowhere; index.html lists them.", ""]
     if found.elsewhere:
@@ -258,9 +264,10 @@ def _md_cell(grid: Grid, schedule: str, budget: str, best: bool) -> str:
 COLUMNS = (
     "task", "altered", "optimizer", "schedule", "budget", "axis", "position", "metric", "reported", "rule", "n",
     "seeds_expected", "mean", "std", "ci_low", "ci_high", "final_mean", "final_std", "best_mean", "best_std",
-    "best_place", "published_mean", "published_std", "published_source", "train_seconds", "eval_seconds",
-    "data_wait_seconds", "compile_seconds", "samples_per_second", "peak_memory_bytes", "device", "world_size",
-    "n_train", "data_missing", "running", "partial", "died", "failed", "unreadable", "missing",
+    "best_place", "published_mean", "published_std", "published_source", "published_note",
+    "train_seconds", "eval_seconds", "data_wait_seconds", "compile_seconds", "samples_per_second",
+    "peak_memory_bytes", "device", "world_size", "n_train", "data_missing",
+    "running", "partial", "died", "failed", "unreadable", "missing",
 )  # fmt: skip
 
 
@@ -301,6 +308,8 @@ def _csv_row(grid: Grid, schedule: str, budget: str, reported: bool) -> dict[str
     row |= {state: square.states[state] for state in page.STATES if state != "done"}
     if p:
         row |= {"published_mean": p.mean, "published_std": p.std, "published_source": p.source}
+    if grid.family == "fraction" and not grid.departures:
+        row["published_note"] = " ".join(tables.published_notes(grid.task, square.runs))
     return row | _csv_metric(results, grid.metric) | _csv_cost(results)
 
 
@@ -352,7 +361,8 @@ def render_terminal(out: Path, found: Survey | None = None) -> Group:
             cells = [_terminal_cell(grid, schedule, b, schedule in best[b]) for b in grid.budgets]
             table.add_row(Text(schedule), *cells)
         departs = [Text(clean(", ".join(map(str, grid.departures)), 1000), style="dim")] if grid.departures else []
-        parts += [Text(""), Text(title, style="italic"), *departs, table]
+        known = [Text(" ".join(lines), style="dim")] if (lines := page.sources(grid)) else []
+        parts += [Text(""), Text(title, style="italic"), *departs, table, *known]
     return Group(*parts)
 
 

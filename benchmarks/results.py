@@ -91,6 +91,20 @@ def written(budget: str) -> tuple[float, str]:
     return float(match[1]), match[2].lower()
 
 
+def seconds_text(seconds: float | None) -> str:
+    """'42 s', '3 min 20 s', '5 h 07 min', '3 d 4 h'."""
+    if seconds is None:
+        return "—"
+    s = round(seconds)
+    if s < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{s} s"
+    if s < 3600:
+        return f"{s // 60} min {s % 60:02d} s"
+    if s < 48 * 3600:
+        return f"{s // 3600} h {s % 3600 // 60:02d} min"
+    return f"{s // 86400:,} d {s % 86400 // 3600} h"
+
+
 # ---- checking one file
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import queue
-from benchmarks.results import BadFile, Cell, Entry, cell_of, clean, last_step, scan
+from benchmarks.results import BadFile, Cell, Entry, cell_of, clean, last_step, scan, seconds_text, written
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -128,18 +128,6 @@ def _row(entry: Entry) -> Row:
     return row
 
 
-def duration(seconds: float | None) -> str:
-    """'40s', '12m', '5h07', '3d04h'; '' for None."""
-    if seconds is None:
-        return ""
-    s = round(seconds)
-    if s < 100:
-        return f"{s}s"
-    if s < 6000:
-        return f"{round(s / 60)}m"
-    return f"{s // 3600}h{s % 3600 // 60:02d}" if s < 48 * 3600 else f"{s // 86400}d{s % 86400 // 3600:02d}h"
-
-
 def render(found: Sequence[Row]) -> Group:
     """A summary line, the unfinished cells (worst first), the finished ones (folded where they are many)."""
     from rich.console import Group
@@ -187,7 +175,7 @@ def _cells(found: Sequence[Row]) -> Any:
         names = [Text(clean(r[key], 40)) for key in ("task", "schedule", "budget")]
         state = Text(r["state"], style=COLOURS[r["state"]])
         rate = "" if r["rate"] is None else f"{r['rate']:,.1f}"
-        left = duration(r["eta"]) if r["state"] == "running" else ""
+        left = seconds_text(r["eta"]) if r["state"] == "running" else ""
         table.add_row(*names, seed, state, _bar(r), _steps(r), rate, left, _outcome(r))
     return table
 
@@ -231,17 +219,8 @@ def _folded(found: Sequence[Row]) -> Any:
     table = _table("task", "schedule", "done", "runs finished at each budget", right=("done",))
     for (task, schedule), budgets in groups.items():
         spread = "  ".join(
-            f"{clean(b, 20)} \u00d7{n}" for b, n in sorted(budgets.items(), key=lambda item: _size(item[0]))
+            f"{clean(b, 20)} \u00d7{n}" for b, n in sorted(budgets.items(), key=lambda b: written(b[0])[::-1])
         )
         name = clean(schedule, 40) if by_schedule else f"{len(schedules[task])} of them"
         table.add_row(Text(clean(task, 40)), Text(name), f"{sum(budgets.values()):,}", Text(spread))
     return table
-
-
-def _size(budget: str) -> tuple[str, float, str]:
-    """Sorting key: by unit, then by number."""
-    number = budget.rstrip("%abcdefghijklmnopqrstuvwxyz")
-    try:
-        return budget[len(number) :], float(number), budget
-    except ValueError:
-        return "", 0.0, budget

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.published import RECIPES, Published, beside
+from benchmarks.published import RECIPES, Published, beside, notes
 from benchmarks.results import BadFile, Entry, amount, cell_of, clean, written
 from benchmarks.statistics import Summary, mean_ranks, paired, summarize
 
@@ -214,7 +214,8 @@ def _grid(
             square = squares[schedule, budget]
             square.summary = summarize(list(square.values.values()))
             if family == "fraction" and not departures:
-                square.published = beside(task, optimizer, schedule, budget, metric)
+                clips = [n or 0 for n in _clips(square.runs)]
+                square.published = beside(task, optimizer, schedule, budget, metric, min(clips, default=None))
     seeds = sorted(set().union(*(q.seeds for q in squares.values())))
     if not recorded:
         for square in squares.values():
@@ -222,6 +223,17 @@ def _grid(
     grid = Grid(task, optimizer, metric, rule, family, schedules, budgets, position, seeds, dict(squares), departures)
     grid.schedules = _by_rank(grid)
     return grid
+
+
+def _clips(runs: Iterable[Entry]) -> list[int | None]:
+    """Training samples of each finished run, None where it does not say."""
+    return [run.result["data.n_train"] for run in runs if run.result]
+
+
+def published_notes(task: str, runs: Sequence[Entry]) -> list[str]:
+    """What to know where published numbers stand beside these unaltered runs, or why they do not."""
+    lacking = [n for run in runs if run.result and (n := run.result["data.missing"]) is not None]
+    return notes(task, _clips(runs), max(lacking, default=None))
 
 
 def _known(schedule: str) -> tuple[int, str]:

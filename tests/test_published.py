@@ -4,7 +4,7 @@ import csv
 
 import pytest
 
-from benchmarks.published import TABLE, beside, published
+from benchmarks.published import TABLE, beside, notes, published
 
 
 @pytest.mark.parametrize(
@@ -46,6 +46,14 @@ def test_only_the_recipe_that_a_task_reproduces_stands_beside_it():
     assert beside("imagenet", "adam", "linear", "5%", "top1") is None  # REX's ResNet-50, not this recipe
     assert beside("imagenet", "sgd", "linear_ramp", "16ep", "top1") is None  # FFCV's recipe
     assert beside("cifar10", "sgd", "linear", "5%", "top1") is None  # Table 2: not found
+
+
+def test_kinetics_needs_as_many_clips_as_tell_it_from_a_small_part():
+    cell = ("kinetics", "sgd", "linear", "25%", "top1")
+    assert [beside(*cell, n) is not None for n in (None, 800, 99_999, 100_000)] == [False, False, False, True]
+    assert notes("kinetics", [240_000, 230_000], 7) == ["Ours: 230,000 to 240,000 training clips, 7 missing."]
+    assert "100,000 training clips or more" in notes("kinetics", [240_000, None], None)[1]
+    assert notes("imagenet", [5], 1) == notes("mine", [5], 1) == notes("kinetics", [], None) == []
 
 
 def test_a_schedule_of_the_same_name_and_another_curve_has_no_number_beside_it():

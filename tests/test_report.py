@@ -20,7 +20,7 @@ from rich.console import Console
 
 from benchmarks import plots, report, status, tables
 from benchmarks.make_results import make, record, write_run
-from benchmarks.results import BadFile, amount, clean, last_step, read_curve, scan
+from benchmarks.results import BadFile, amount, clean, last_step, read_curve, scan, seconds_text
 from budgeted.cells import digest
 
 HERE = socket.gethostname()
@@ -192,6 +192,32 @@ def test_published_numbers_stand_only_beside_the_paper_s_recipe(pair):
     assert squares["imagenet"]["linear", "5%"].published[:2] == (0.5726, 0.0024)
     assert ("linear", "10%") not in squares["imagenet"]
     assert squares["imagenet_tiny"]["linear", "5%"].published is None
+
+
+@pytest.mark.parametrize(
+    "n_train, missing, shown", [(219_782, 20_018, True), (100_000, 0, True), (800, 3, False), (None, None, False)]
+)
+def test_kinetics_numbers_stand_only_beside_a_whole_data_set(tmp_path, n_train, missing, shown):
+    data = run("kinetics", "linear", "25%", 0, 0.6)
+    write_run(tmp_path, data | {"data": data["data"] | {"n_train": n_train, "missing": missing}})
+    found = report.survey(tmp_path)
+    count = "an unknown number of" if n_train is None else f"{n_train:,}"
+    ours = f"Ours: {count} training clips, {'an unknown number' if missing is None else f'{missing:,}'} missing."
+    (row,) = csv.DictReader(io.StringIO(report.to_csv(found)))
+    terminal = " ".join(text(report.render_terminal(tmp_path)).split())
+    for shape in (report.markdown(found), report.build(tmp_path).read_text(), row["published_note"], terminal):
+        assert ours in shape and ("No published number stands beside" in shape) != shown
+    assert ("paper 66.34" in report.markdown(found), row["published_mean"] == "0.6634") == (shown, shown)
+
+
+def test_what_differs_from_rex_is_said_wherever_its_numbers_are(tmp_path):
+    put(tmp_path, "cifar10_resnet20", "rex", "1%", 0, 0.7)
+    found = report.survey(tmp_path)
+    (row,) = csv.DictReader(io.StringIO(report.to_csv(found)))
+    terminal = " ".join(text(report.render_terminal(tmp_path)).split())
+    for shape in (report.markdown(found), report.build(tmp_path).read_text(), row["published_note"], terminal):
+        assert "it tuned the learning rate for every cell, ours is fixed" in shape
+        assert "5,000 held-out training images, with 45,000 left to train on" in shape
 
 
 CONFIG = """seed: {seed}
@@ -769,10 +795,18 @@ def test_a_hostile_state_is_unreadable(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "seconds, shown", [(None, ""), (40, "40s"), (720, "12m"), (18_420, "5h07"), (273_600, "3d04h")]
+    "seconds, shown",
+    [(None, "—"), (4.04, "4.0 s"), (40, "40 s"), (720, "12 min 00 s"), (18_420, "5 h 07 min"), (273_600, "3 d 4 h")],
 )
 def test_durations(seconds, shown):
-    assert status.duration(seconds) == shown
+    assert seconds_text(seconds) == shown
+
+
+def test_many_finished_runs_are_folded_with_their_budgets_in_order(tmp_path):
+    for seed in range(15):
+        for budget in ("100%", "5%", "10%"):
+            put(tmp_path, "imagenet", "linear", budget, seed, 0.5)
+    assert "5% ×15  10% ×15  100% ×15" in text(status.render(status.rows(tmp_path)))
 
 
 def test_status_of_a_thousand_cells_is_quick(tmp_path):
