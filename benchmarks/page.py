@@ -94,6 +94,13 @@ def signed(difference: float, digits: int = 2) -> str:
     return f"{100 * difference:+.{digits}f}".replace("-", "\u2212")
 
 
+def unit_text(grid: Grid) -> str:
+    """What the numbers of a table are."""
+    n = len(grid.seeds)
+    unit = "Percent, mean ± sample standard deviation over seeds" if n > 1 else "Percent"
+    return f"{unit}; n={n} where no count is shown. Bold: best of its budget, of those with the same seeds."
+
+
 def sources(grid: Grid) -> list[str]:
     """Where the published numbers of a grid come from, and what to know about them."""
     found = sorted({q.published.source for q in grid.squares.values() if q.published})
@@ -251,10 +258,7 @@ def task_section(grid: Grid, pictures: Sequence[Picture]) -> Html:
     title = grid.title if grid.family == "fraction" else f"{grid.title}, {AXES[grid.family].removeprefix('budget, ')}"
     parts = [tag("h2", title), *departures(grid), tag("p", meta, cls="meta")]
     parts.append(tag("p", " ".join(filter(None, says)), cls="says"))
-    n = len(grid.seeds)
-    unit = "Percent, mean ± sample standard deviation over seeds" if n > 1 else "Percent"
-    unit += f"; n={n} where no count is shown. Bold: best of its budget."
-    parts += [grid_table(grid), tag("p", " ".join([unit, *sources(grid)]), cls="note")]
+    parts += [grid_table(grid), tag("p", " ".join([unit_text(grid), *sources(grid)]), cls="note")]
     parts.append(tag("div", *[_figure(p) for p in pictures], cls="figures"))
     for other in secondary(grid):
         parts.append(

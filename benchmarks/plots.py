@@ -118,7 +118,7 @@ def _direct_labels(axes: Axes, ends: Mapping[str, tuple[float, float]]) -> None:
             transform=axes.transAxes, color=colour, linewidth=0.7, linestyle=dash, clip_on=False,
         )  # fmt: skip
         axes.text(
-            1.055, height, plain(name, 14), color=INK, fontsize=size, va="center",
+            1.055, height, plain(name, 13), color=INK, fontsize=size, va="center",
             weight="bold" if name in ORDER[:2] else "normal",
             transform=blended_transform_factory(axes.transAxes, axes.transAxes),
         )  # fmt: skip
@@ -195,7 +195,7 @@ def gain_curve(grid: Grid) -> bytes:
     """Paired difference to `step` in percentage points against the budget; a band is a 95% interval of the mean."""
     figure, axes = _axes()
     budgets, ends, seen = drawable(grid), {}, [0.0]
-    crowd = len(grid.schedules) > 6
+    crowd, banded = len(grid.schedules) > 6, False
     axes.axhline(0, color=style(PAIR[1])[0], linewidth=1.9)
     for schedule in reversed([s for s in grid.schedules if s != PAIR[1]]):
         verdict = compare(grid, schedule)
@@ -212,13 +212,15 @@ def gain_curve(grid: Grid) -> bytes:
         if schedule == PAIR[0]:
             low, high = (100 * np.array([getattr(d, end) for _, d in found]) for end in ("low", "high"))
             axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+            banded = not np.isnan(low).all()
         ends[schedule] = (float(x[-1]), float(mean[-1]))
     ends[PAIR[1]] = (grid.position[budgets[-1]], 0.0)
     low, high = axes.get_ylim()
     span = max(seen) - min(seen) or 1.0  # the interval of two seeds is so wide that it may leave the picture
     axes.set_ylim(max(low, min(seen) - 0.5 * span), min(high, max(seen) + 0.5 * span))
     _budget_axis(axes, grid, budgets)
-    _name(axes, AXES[grid.family], f"{plain(grid.metric)}, points above {PAIR[1]} (band: 95% interval)")
+    band = " (band: 95% interval)" if banded else ""
+    _name(axes, AXES[grid.family], f"{plain(grid.metric)}, points above {PAIR[1]}{band}")
     _direct_labels(axes, dict(reversed(ends.items())))
     return png(figure)
 

@@ -197,7 +197,8 @@ def _standfirst(found: Survey, verdicts: Sequence[Verdict]) -> list[str]:
 def _colophon(found: Survey, skipped: int, undrawn: int) -> page.Html:
     lines = [
         "A difference is taken seed by seed; its interval is Student's t at 95%. Mean ranks count only schedules "
-        "that ran at every budget. A result counts only if its file is whole and agrees with its directory.",
+        "with all seeds at every budget where two can be compared. A result counts only if its file is whole and "
+        "agrees with its directory.",
         "Published numbers stand beside ours only for the unaltered recipe that they belong to.",
         *(tables.provenance(found.entries) if found.grids else []),
     ]
@@ -236,9 +237,7 @@ def markdown(found: Survey) -> str:
             lines.append(f"| *{verdict.first} − {verdict.second}* | " + " | ".join(shown) + " |")
         lines += [
             "",
-            " ".join(
-                ["Percent, mean ± standard deviation over seeds.", *(_md(line, 1000) for line in page.sources(grid))]
-            ),
+            " ".join(_md(line, 1000) for line in (page.unit_text(grid), *page.sources(grid))),
             "",
         ]
     if broken := found.counts["unreadable"]:

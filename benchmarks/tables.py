@@ -121,8 +121,9 @@ class Grid:
         return {s for s, m in means.items() if m == max(means.values())} if len(means) > 1 else set()
 
     def ranks(self) -> dict[str, float]:
-        """schedule -> mean rank over budgets, NaN unless its mean is comparable at every one."""
-        columns = [self.comparable(b) for b in self.budgets]
+        """schedule -> mean rank over the budgets where there is something to compare, NaN unless it is comparable at
+        each of them."""
+        columns = [means for b in self.budgets if len(means := self.comparable(b)) > 1]
         scores = np.array([[c.get(s, math.nan) for c in columns] for s in self.schedules], dtype=float)
         found = mean_ranks(scores.reshape(len(self.schedules), len(columns)))
         return dict(zip(self.schedules, map(float, found), strict=True))

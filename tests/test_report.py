@@ -93,6 +93,24 @@ def test_ranks_colours_and_the_full_value_are_of_the_same_seeds(pair, monkeypatc
     assert (drawn["52.0"], drawn["70.0"], drawn["99.0"], drawn["98.0"]) == ("bold", "bold", "normal", "normal")
 
 
+def test_a_budget_with_nothing_to_compare_leaves_the_ranks_alone(pair):
+    put(pair, "imagenet", "rex", "10%", 0, 0.5)
+    (grid,), _ = tables.grids(scan(pair))
+    assert [grid.ranks()[s] for s in ("linear", "step")] == [1.5, 1.5] and math.isnan(grid.ranks()["rex"])
+
+
+@pytest.mark.parametrize("seeds, said", [(1, ""), (2, " (band: 95% interval)")])
+def test_a_band_is_named_where_there_is_one(tmp_path, monkeypatch, seeds, said):
+    for seed in range(seeds):
+        for budget in ("5%", "100%"):
+            put(tmp_path, "imagenet", "linear", budget, seed, 0.5 + seed / 100)
+            put(tmp_path, "imagenet", "step", budget, seed, 0.4)
+    titles = []
+    monkeypatch.setattr("matplotlib.axes.Axes.set_title", lambda self, title, **k: titles.append(title))
+    plots.gain_curve(tables.grids(scan(tmp_path))[0][0])
+    assert titles == [f"top1, points above step{said}"]
+
+
 def test_what_a_budget_reaches_is_of_the_same_seeds(pair):
     put(pair, "imagenet", "linear", "50%", 2, 0.69)
     (grid,), _ = tables.grids(scan(pair))
