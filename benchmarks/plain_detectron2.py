@@ -64,7 +64,6 @@ def steps(recipe: Recipe) -> tuple[Callable[[], None], Callable[[], None]]:
         mapper=None,
         total_batch_size=recipe.cfg["task"]["batch_size"],
         collate_fn=trivial_batch_collator,
-        aspect_ratio_grouping=False,
     )
     plain = plain_trainer(adapter, source, recipe.cell.directory / "plain", session.total)
     return one_step(adapter.trainer), one_step(plain)

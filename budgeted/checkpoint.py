@@ -69,7 +69,8 @@ def pack(content: Any, room: torch.Tensor | None = None) -> Packed:
 
     def plain(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            flat = value.detach().cpu().reshape(-1).view(torch.uint8)
+            here = value.detach() if value.is_cpu else value.detach().cpu()
+            flat = here.reshape(-1).view(torch.uint8)
             pieces.append(flat)
             return {"t": (_name(value.dtype), value.shape, _kept(value.shape, value.stride()), flat.shape[0])}
         if isinstance(value, dict):

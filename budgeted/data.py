@@ -1,7 +1,8 @@
 """Data addressed by position: resuming is a start position, whatever the number of workers.
 
 Position k of the endless stream is sample permutation(seed, k // N)[k % N], augmented by generators seeded
-with (seed, k). Nothing is skipped by decoding it, and no loader state is saved.
+with (seed, k); within a few batches samples may change places to be with their like. Nothing is skipped by decoding it,
+and no loader state is saved.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, _utils, get_worker_info
 
@@ -27,11 +29,13 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 class Positioned(Dataset):
     """A map-style dataset seen through positions. Its samples may draw from random, numpy.random and torch.
 
-    A dataset that says `torch_only = True` promises to draw from torch alone, and is spared seeding the others.
+    A dataset that says `torch_only = True` promises to draw from torch alone, and is spared seeding the others. One
+    that has `groups`, 0 or 1 for each of its samples, gets batches of `batch` that are of one group where they can be.
     """
 
-    def __init__(self, dataset: Any, seed: int) -> None:
-        self.dataset, self.seed, self.n = dataset, seed, len(dataset)
+    def __init__(self, dataset: Any, seed: int, batch: int = 1) -> None:
+        self.dataset, self.seed, self.n, self.batch = dataset, seed, len(dataset), batch
+        self.groups = getattr(dataset, "groups", None)
         self.torch_only = bool(getattr(dataset, "torch_only", False))
         self._seed, self._stream = seed_torch if self.torch_only else seed_cpu, stream(seed, SAMPLES)
         self._orders: dict[int, Any] = {}
@@ -52,8 +56,21 @@ class Positioned(Dataset):
     def _order(self, epoch: int) -> Any:
         if epoch not in self._orders:
             self._orders = {k: v for k, v in self._orders.items() if k == epoch - 1}  # a batch may straddle two
-            self._orders[epoch] = permutation(self.seed, epoch, self.n)
+            order = permutation(self.seed, epoch, self.n)
+            self._orders[epoch] = order if self.groups is None else grouped(order, self.groups, self.batch)
         return self._orders[epoch]
+
+
+def grouped(order: np.ndarray, groups: np.ndarray, batch: int) -> np.ndarray:
+    """`order` with each window of WINDOW batches sorted by group, one way and then the other: two neighbours share one.
+
+    Where a sample goes depends on its window alone, so a run can still start anywhere.
+    """
+    window = np.arange(len(order)) // (WINDOW * batch)
+    return order[np.lexsort((groups[order] ^ (window & 1), window))]
+
+
+WINDOW = 8
 
 
 class Batches:
@@ -84,7 +101,7 @@ def loader(
 ) -> DataLoader:
     """A DataLoader over `batches` of `dataset`. The same samples come for any number of `workers`."""
     return Loader(
-        Positioned(dataset, seed),
+        Positioned(dataset, seed, batches.epoch.batch),
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=collate_fn,

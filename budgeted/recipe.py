@@ -348,6 +348,7 @@ RULES: dict[str, Rule] = {
     "task.norm_decay": _number(0),
     "task.precise_bn": _whole(0),
     "task.val_batch_size": _whole(1, optional=True),
+    "task.options": (lambda v: isinstance(v, dict), "a section, such as {INPUT: {MIN_SIZE_TEST: 640}}"),
     "optimizer.lr": (lambda v: v is None or (_number(0)[0](v) and v > 0), "a positive number or null"),
     "optimizer.weight_decay": (lambda v: v is None or _number(0)[0](v), "a number of at least 0 or null"),
     "optimizer.momentum": _number(0, 1),
@@ -373,6 +374,9 @@ def validate(cfg: Config) -> None:
         raise UserError(f"task.metric={task['metric']}: {task['name']} is judged by {' or '.join(metrics)}")
     if cfg["task"]["full"].endswith(("min", "h", "%", "flop")):
         raise UserError(f"task.full={cfg['task']['full']}: the full run is in ep, it or im")
+    crop, scale = cfg["task"].get("crop"), cfg["task"].get("scale")
+    if cfg["task"]["adapter"] == "video" and not crop <= scale[0] <= scale[1]:
+        raise UserError(f"task.scale={scale}: two short sides, rising, from task.crop={crop} up")
     if cfg["optimizer"].get("nesterov") and not cfg["optimizer"]["momentum"]:
         raise UserError("optimizer.momentum=0: Nesterov's needs one; set optimizer.nesterov=false")
     if cfg["optimizer"]["name"] == "schedule_free" and not cfg["optimizer"]["momentum"]:

@@ -92,6 +92,11 @@ def _run(recipe: Recipe, world: World, device: torch.device) -> dict[str, Any]:
     try:
         if other := submission.check(cfg["code"], cell.out):
             log.warning("%s", other)
+        if recipe.data.missing:
+            log.warning(
+                "%d samples of %s are missing or unreadable and left out: mode=check lists them",
+                len(recipe.data.missing), recipe.data.root,
+            )  # fmt: skip
         if not cell.checkpoint.exists():
             _write_config(recipe, world)
         adapter = adapter_of(cfg)(cfg, recipe.data, device)
@@ -320,6 +325,26 @@ def decay_groups(model: nn.Module, norm_decay: float | None) -> list[dict[str, A
     ]
 
 
+# What mmengine's checkpoints name beside tensors, in the log of the run that wrote them.
+LOGGED = (
+    *("mmengine.logging.history_buffer.HistoryBuffer", "builtins.getattr", "numpy.ndarray", "numpy.dtype"),
+    *(f"numpy.{core}.multiarray.{made}" for core in ("core", "_core") for made in ("_reconstruct", "scalar")),
+)
+
+
+class Unread:
+    """Stands for an object of `LOGGED`, and forgets what the file says of it: neither it nor a function is had."""
+
+    def __new__(cls, *args: Any) -> Unread:
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
 def read_weights(source: str, where: str | None = None, hint: str = "give a path, or none") -> Any:
     """The state dict in the file or at the address `where` (`source` itself, if None), out of its checkpoint.
 
@@ -327,10 +352,13 @@ def read_weights(source: str, where: str | None = None, hint: str = "give a path
     """
     where = where or source
     try:
-        if "://" in where:
-            content = torch.hub.load_state_dict_from_url(where, map_location="cpu", weights_only=True, progress=False)
-        else:
-            content = opened(torch.load(Path(where).expanduser(), map_location="cpu", weights_only=True))
+        with torch.serialization.safe_globals([(Unread, name) for name in LOGGED]):
+            if "://" in where:
+                content = torch.hub.load_state_dict_from_url(
+                    where, map_location="cpu", weights_only=True, progress=False
+                )
+            else:
+                content = opened(torch.load(Path(where).expanduser(), map_location="cpu", weights_only=True))
     except FileNotFoundError:
         raise UserError(f"task.weights={source}: no such file; {hint}") from None
     except Exception as error:  # foreign bytes, networks and disks fail in many ways

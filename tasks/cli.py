@@ -195,6 +195,7 @@ def recipe(overrides: tuple[str, ...]) -> Recipe:
 def recipe_of(cfg: Any, choices: Mapping[str, str | None]) -> Recipe:
     """The recipe of the configuration that Hydra composed for a job, with its choice of group options."""
     plain: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
+    plain["optimizer"] = _fitting(plain["optimizer"])
     return _recipe(plain, {g: str(choices[g]) for g in GROUPS if choices.get(g)})
 
 
@@ -343,7 +344,18 @@ def _assembled(choices: tuple[tuple[str, str], ...]) -> Config:
     for group in ("schedule", "budget"):
         if group in chosen:
             cfg[group] = _composed((f"{group}={chosen[group]}",))[group]
-    return cfg
+    return {**cfg, "optimizer": _fitting(cfg["optimizer"])}
+
+
+def _fitting(optimizer: Config) -> Config:
+    """Without what a recipe says of another optimizer: kinetics wants Nesterov's momentum, where there is one."""
+    path = CONF / "optimizer" / f"{optimizer['name']}.yaml"
+    return {k: v for k, v in optimizer.items() if k in _keys(path)} if path.exists() else optimizer
+
+
+@functools.cache
+def _keys(path: Path) -> frozenset[str]:
+    return frozenset(str(key) for key in OmegaConf.load(path))
 
 
 @functools.cache

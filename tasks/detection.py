@@ -3,8 +3,8 @@
 The recipe names one of the zoo's own configs (`task.model`, see tasks/zoo.py). From it come the model, the
 augmentation, the sampling of proposals, the weight decay of norms and gradient clipping. Its length, learning rate
 policy, seeds, and hooks for logging, checkpoints and evaluation are left out: those are the session's. One thing
-departs from upstream: batches are not grouped by aspect ratio, because a group depends on all that was read before.
-Batches are padded a little more instead.
+departs from upstream: it groups images by aspect ratio as they come, by all that was read before; here they are grouped
+within windows of a few batches, so that a run can start anywhere.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -171,7 +172,10 @@ class Detection:
             if any(isinstance(mask, dict) for mask in masks):
                 self.config.INPUT.MASK_FORMAT = "bitmask"
         records = [records[k] for k in layouts.subset(len(records), self.cfg["data"]["subset"])]
-        return Images(records, DatasetMapper(self.config, is_train=True))
+        images = Images(records, DatasetMapper(self.config, is_train=True))
+        if self.config.DATALOADER.ASPECT_RATIO_GROUPING:
+            images.groups = np.array([int(r["width"] <= r["height"]) for r in records])  # upstream's two
+        return images
 
 
 class Trainer(DefaultTrainer):
@@ -253,6 +257,9 @@ class Drive(HookBase):
         self.session.before_step()
 
     def after_step(self) -> None:
+        model, world = self.trainer.bare, self.session.world
+        if world.size > 1 and isinstance(model, DenseDetector):  # upstream has one a rank, a checkpoint only rank 0's
+            model.loss_normalizer.copy_(world.mean(model.loss_normalizer))
         self.session.after_step(self.trainer._trainer.loss)
         if self.session.finished:
             raise Finished
@@ -278,6 +285,8 @@ def build_small_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN
 
 class Images(Dataset):
     """Upstream's mapper over upstream's records. An image that cannot be used is named by the error."""
+
+    groups: np.ndarray | None = None  # see budgeted.data.Positioned
 
     def __init__(self, records: list[dict], mapper: Callable[[dict], dict]) -> None:
         self.records, self.mapper = DatasetFromList(records, copy=False), mapper

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from budgeted.errors import UserError, nearest
 from tasks import layouts
-from tasks.base import Config, DataSummary, Native, read_weights, refuse_misfit, upstream
+from tasks.base import Config, DataSummary, Native, Session, read_weights, refuse_misfit, upstream
 from tasks.clips import Clips, TestViews, TrainView
 
 log = logging.getLogger("budgeted")
@@ -34,11 +34,29 @@ class Video(Native):
         super().__init__(cfg, data, device)
         task = self.task = cfg["task"]
         self.norm_decay, self.refresh_batches = task["norm_decay"], task["precise_bn"]
-        if not task["crop"] <= task["scale"][0] <= task["scale"][-1]:
-            raise UserError(f"task.scale={task['scale']}: two short sides, rising, from task.crop={task['crop']} up")
 
     def make_model(self) -> nn.Module:
         return make_model(self.task, self.classes)
+
+    def build(self, session: Session) -> None:
+        super().build(session)
+        self._try_a_view()
+
+    def _try_a_view(self) -> None:
+        """Raise UserError where the model does not take a test's views: it would be known at the end of the budget."""
+        task = self.task
+        view = torch.zeros(1, 1, 3, task["frames"], task["test_crop"], task["test_crop"], device=self.device)
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                self._scores(view)
+        except RuntimeError as error:
+            why = " ".join(str(error).split())[:120]
+            raise UserError(
+                f"task.test_crop={task['test_crop']}: {task['model']} takes no such views ({why}); "
+                f"task.test_crop={task['crop']}, as in training"
+            ) from error
+        self._training_mode()
 
     def train_dataset(self) -> Clips:
         task, items = self.task, self._items("train")

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from budgeted.budgets import Epoch
-from budgeted.data import STOP_SIGNALS, Batches, Positioned, end_workers, loader, start_worker
+from budgeted.data import STOP_SIGNALS, WINDOW, Batches, Positioned, end_workers, grouped, loader, start_worker
 from budgeted.randomness import permutation, seed_all
 
 
@@ -104,6 +104,33 @@ def test_the_models_generators_are_left_as_they_were(workers, dataset):
 def test_a_sample_asked_for_alone_is_the_one_in_its_batch():
     batch = Positioned(Noisy(), 3).__getitems__([5, 17, 3])
     assert [Positioned(Noisy(), 3).__getitems__([k])[0].tolist() for k in (5, 17, 3)] == [s.tolist() for s in batch]
+
+
+@given(st.integers(1, 300), st.integers(1, 9), st.integers(0, 10**6))
+def test_batches_of_one_group_are_made_within_windows(n, batch, seed):
+    """No sample leaves its window, and of a window's batches one at most is of both groups."""
+    groups = np.random.default_rng(seed).integers(0, 2, n)
+    order = permutation(seed, 0, n)
+    found, size = grouped(order, groups, batch), WINDOW * batch
+    for start in range(0, n, size):
+        assert sorted(found[start : start + size]) == sorted(order[start : start + size])
+        batches = [groups[found[k : k + batch]] for k in range(start, min(start + size, n), batch)]
+        assert sum(len(set(b)) > 1 for b in batches) <= 1
+    ends = [(groups[found[k - 1]], groups[found[k]]) for k in range(size, n, size)]
+    mixed = [len(set(groups[found[k - size : k]])) > 1 for k in range(size, n, size)]
+    assert all(a == b for (a, b), before, after in zip(ends, mixed, mixed[1:], strict=False) if before and after)
+
+
+class Sided(Noisy):
+    """Half of its samples are of either group."""
+
+    groups = np.arange(10) % 2
+
+
+def test_a_data_set_with_groups_starts_anywhere_too():
+    whole = [b.tolist() for b in loader(Sided(), 5, Batches(Epoch(10, 2, "carry"), 0, 9))]
+    assert whole[4:] == [b.tolist() for b in loader(Sided(), 5, Batches(Epoch(10, 2, "carry"), 4, 9))]
+    assert whole != [b.tolist() for b in loader(Noisy(), 5, Batches(Epoch(10, 2, "carry"), 0, 9))]
 
 
 def test_an_iterator_draws_nothing_from_torchs_generator():

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from budgeted import checkpoint, make
-from budgeted.budgets import Budget
+from budgeted.budgets import Budget, Epoch
 from budgeted.checkpoint import BrokenCheckpoint
 from budgeted.distributed import World
 from budgeted.errors import UserError
@@ -645,25 +645,39 @@ def test_the_peak_of_memory_is_the_runs_own(toy):
 
 def test_pieces_of_a_batch_weigh_as_much_as_the_whole(toy):
     """The mean over four samples is 3/4 of the mean of three and 1/4 of the last; of two ranks each averages its own."""
-    pieces = lambda size, **changed: Session(toy(**changed).recipe, 20, World(0, size), torch.device("cpu")).pieces()  # noqa: E731
+
+    def pieces(size, samples=40, **changed):
+        recipe = dataclasses.replace(toy(**changed).recipe, epoch=Epoch(samples, 4, "keep"))
+        return Session(recipe, 20, World(0, size), torch.device("cpu")).pieces()
+
     assert pieces(1) == [1] and pieces(1, micro_batch=3) == [0.75, 0.25] and pieces(1, micro_batch=1) == [0.25] * 4
     assert pieces(2) == [1] and pieces(2, micro_batch=1) == [0.5, 0.5]
-    assert pieces(3) == [1.5]  # two of four samples, averaged over three ranks: 1.5 / 3
+    assert pieces(2, samples=3) == [pytest.approx(4 / 3)]  # two of an epoch's last three, averaged over two ranks
 
 
 # -- refusals -----------------------------------------------------------------------------------------------
 
 
 def test_ranks_with_different_numbers_of_pieces_are_refused(toy):
-    """One would wait for the other in batch norm: of 4 samples on 3 ranks the first has 2, in pieces of 1."""
-    with pytest.raises(UserError, match="micro_batch=1: 3 processes would share a batch of 4 .* micro_batch=2"):
-        Session(toy(micro_batch=1).recipe, 20, World(rank=0, size=3), torch.device("cpu"))
-    assert Session(toy(micro_batch=2).recipe, 20, World(rank=0, size=3), torch.device("cpu")).world_size == 3
+    """One would wait for the other in batch norm: of an epoch's last 3 samples the first of 2 ranks has 2."""
+
+    def two(micro):
+        recipe = dataclasses.replace(toy(micro_batch=micro).recipe, epoch=Epoch(39, 4, "keep"))
+        return Session(recipe, 20, World(rank=0, size=2), torch.device("cpu"))
+
+    with pytest.raises(UserError, match="micro_batch=1: 2 processes would share a batch of 3 .* micro_batch=2"):
+        two(1)
+    assert two(2).world_size == 2
 
 
 def test_more_processes_than_samples_in_a_batch_are_refused(toy):
     with pytest.raises(UserError, match="5 processes cannot share a batch of 4"):
         Session(toy().recipe, 20, World(rank=0, size=5), torch.device("cpu"))
+
+
+def test_a_batch_that_processes_cannot_share_equally_is_refused(toy):
+    with pytest.raises(UserError, match="task.batch_size=4: 3 processes cannot share it equally; 3 or 6, or"):
+        Session(toy().recipe, 20, World(rank=0, size=3), torch.device("cpu"))
 
 
 def test_a_dataset_of_another_size_is_refused(toy):

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from budgeted.errors import UserError
-from tasks import cli, tiny
+from tasks import base, cli, tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 ACTIONS = ROOT.parent / "shared" / "data" / "actions"
@@ -323,9 +323,17 @@ def test_the_set_is_the_one_inspected(adapter, root):
     assert x.shape == (2, 3, 4, 36, 36) and y == tiny.MOTIONS.index(Path(val.items[7][0]).parent.name)
 
 
-def test_a_scale_below_the_crop_is_refused(adapter):
-    with pytest.raises(UserError, match="task.scale"):
-        adapter("task.scale=[20,40]")
+def test_a_model_that_takes_no_test_views_says_so_before_it_trains(tmp_path):
+    """MViT knows positions of its training crop alone; at the end of the budget it would be too late."""
+    tiny_ = cli.recipe(("task=kinetics_tiny", f"out={tmp_path}"))
+    cli.embedded_data(tiny_.cfg)
+    words = ("task=kinetics", "task.model=mvit_base_16x4", "task.frames=16", "task.stride=1", "task.weights=none",
+             "task.scale=[224,224]", "task.batch_size=2", "budget.amount=1it", f"data.root={tiny_.data.root}",
+             f"out={tmp_path}")  # fmt: skip
+    recipe = cli.recipe(words)
+    with pytest.raises(UserError, match=r"task.test_crop=256: mvit_base_16x4 takes no such views.*task.test_crop=224"):
+        base.train(recipe)
+    assert not (recipe.cell.directory / "metrics.jsonl").read_text()
 
 
 # Models.
