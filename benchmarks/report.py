@@ -362,6 +362,8 @@ def render_terminal(out: Path, found: Survey | None = None) -> Group:
         departs = [Text(clean(", ".join(map(str, grid.departures)), 1000), style="dim")] if grid.departures else []
         known = [Text(" ".join(lines), style="dim")] if (lines := page.sources(grid)) else []
         parts += [Text(""), Text(title, style="italic"), *departs, table, *known]
+    if found.elsewhere:
+        parts += [Text(""), Text(f"{len(found.elsewhere):,} deeper directories count nowhere.", style="dim")]
     return Group(*parts)
 
 

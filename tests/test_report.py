@@ -534,6 +534,7 @@ def test_the_live_cell_wins_and_no_copy_hides_a_missing_one(pair):
         "old/imagenet/step/5%/s2": "done", "gpu/coco/linear/5%/s0": "done",
     }  # fmt: skip
     assert "Elsewhere (4)" in report.build(pair).read_text()
+    assert "4 deeper directories" in report.markdown(found) and "4 deeper" in text(report.render_terminal(pair, found))
 
 
 def test_a_copy_of_a_damaged_cell_does_not_stand_for_it(pair):
