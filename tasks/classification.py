@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ class Classification(Native):
         task = self.cfg["task"]
         model = build_model(task["model"], self.classes, task["weights"])
         if task["weights"] != "none" and not _is_enum(task["model"], task["weights"]):
+            refuse_slip(task["model"], task["weights"])
             load_weights(model, task["weights"])
         return model
 
@@ -37,6 +39,10 @@ class Classification(Native):
         return self._dataset("train", train_transform(self.cfg["task"]))
 
     def val_dataset(self) -> Dataset:
+        return self._val
+
+    @cached_property
+    def _val(self) -> Dataset:  # once, not for each evaluation
         return self._dataset("val", val_transform(self.cfg["task"]))
 
     def _dataset(self, split: str, transform: Callable) -> Dataset:
@@ -223,3 +229,10 @@ def build_model(name: str, classes: int, weights: str = "none") -> nn.Module:
 
 def _is_enum(name: str, weights: str) -> bool:
     return name not in SMALL and weights in models.get_model_weights(name).__members__
+
+
+def refuse_slip(name: str, weights: str) -> None:
+    """Raise UserError, with the nearest, for weights that are neither torchvision's for this model nor a file."""
+    known = [] if name in SMALL else list(models.get_model_weights(name).__members__)
+    if known and "://" not in weights and not Path(weights).expanduser().exists():
+        raise UserError(f"task.weights={weights}: no such file, nor weights of {name}; {nearest(weights, known)}")

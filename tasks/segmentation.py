@@ -1,8 +1,9 @@
 """Semantic segmentation on the Cityscapes layout: mmsegmentation's models and datasets, trained by mmengine's Runner.
 
 A recipe names one of upstream's packaged configs (`task.model`). Of it are used the model, the augmentation, gradient
-clipping and factors per parameter. Its length, learning rate policy, data loaders, evaluation period and its hooks for
-logs, checkpoints and timing are left out: those are the session's.
+clipping and factors per parameter, at the recipe's crop and scale; a config for other data gets the augmentation of
+upstream's Cityscapes. Its length, learning rate policy, data loaders, evaluation period and its hooks for logs,
+checkpoints and timing are left out: those are the session's.
 """
 
 from __future__ import annotations
@@ -202,10 +203,12 @@ def refuse_odd_labels(sample: dict) -> dict:
     """
     label, picture, path = sample["gt_seg_map"], sample["ori_shape"], sample["seg_map_path"]
     if label.shape != tuple(picture):
-        raise UserError(f"{path}: is {label.shape[::-1]}, its picture {picture[::-1]}; mode=prepare writes it again")
+        raise UserError(f"{path}: is {label.shape[::-1]}, its picture {picture[::-1]}: remove it and run mode=prepare")
     if not KNOWN[label].all():
         odd = sorted({int(v) for v in np.unique(label) if not KNOWN[v]})[:5]
-        raise UserError(f"{path}: has unknown ids {odd}, known are 0 to {len(CLASSES) - 1} and 255")
+        raise UserError(
+            f"{path}: has unknown ids {odd}, known are 0 to {len(CLASSES) - 1} and 255: remove it and run mode=prepare"
+        )
     return sample
 
 

@@ -123,10 +123,37 @@ def test_upstreams_config_at_the_recipes_sizes(seg):
     assert config.model.test_cfg.mode == "whole"
 
 
+def untouched(name):
+    from mmengine import Config
+
+    return Config.fromfile(compat.mmseg_config(name))
+
+
+def test_the_recipes_config_is_upstreams_own(seg):
+    """At the recipe's sizes, which are upstream's, all that is used of the file is as it stands there but weights."""
+    ours, theirs = seg.upstream_config(task()), untouched(task()["model"])
+    assert theirs.model.pop("pretrained") == task()["weights"] and ours.model.pop("pretrained") is None
+    assert ours.model.to_dict() == theirs.model.to_dict()
+    assert ours.train_pipeline == theirs.train_dataloader.dataset.pipeline
+    assert ours.test_pipeline == theirs.val_dataloader.dataset.pipeline
+    assert theirs.optim_wrapper.pop("clip_grad") is None and ours.optim_wrapper == theirs.optim_wrapper
+    assert ours.env_cfg == theirs.env_cfg
+
+
+OTHERS = {"cgnet_fcn_4xb4-60k_cityscapes-680x680": (680, 680), "pidnet-s_2xb6-120k_1024x1024-cityscapes": (1024, 1024)}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_config_for_cityscapes_keeps_its_own_augmentation(seg, name):
+    ours, theirs = seg.upstream_config(task(model=name, crop=OTHERS[name])), untouched(name)
+    assert ours.train_pipeline == theirs.train_dataloader.dataset.pipeline
+    assert ours.test_pipeline == theirs.val_dataloader.dataset.pipeline
+
+
 def test_a_config_for_other_data_gets_the_streets_classes_and_labels(seg):
     config = seg.upstream_config(task(model="pspnet_r50-d8_4xb4-80k_ade20k-512x512"))
     assert config.model.decode_head.num_classes == config.model.auxiliary_head.num_classes == 19
-    assert not any(step.get("reduce_zero_label") for step in config.train_pipeline)
+    assert config.train_pipeline == seg.upstream_config(task()).train_pipeline
 
 
 def test_an_unknown_config_names_the_nearest(seg):
@@ -208,6 +235,57 @@ def test_weights_that_do_not_fit_are_counted(seg, small, tmp_path):
         seg.load_weights(small, str(tmp_path / "x.pth"))
 
 
+def test_a_classifier_of_upstreams_zoos_goes_into_the_backbone(seg, small, tmp_path, monkeypatch):
+    """mmcls has whole classifiers and MobileNetV2's last layer; torchvision's files have no counts of batches."""
+    norms = small.backbone.state_dict()
+    state = {f"backbone.{key}": value + 1 for key, value in norms.items() if not key.endswith("num_batches_tracked")}
+    torch.save({"state_dict": {**state, "backbone.conv2.conv.weight": torch.ones(1), "head.fc.bias": torch.ones(1)}},
+               tmp_path / "x.pth")  # fmt: skip
+    asked = []
+
+    def fetch(address, **kwargs):
+        asked.append(address)
+        return torch.load(tmp_path / "x.pth", weights_only=kwargs["weights_only"])
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fetch)
+    for name in ("mmcls://resnet18", "torchvision://resnet18", "open-mmlab://resnet18_v1c"):
+        seg.load_weights(small, name)
+    assert all(torch.equal(value, state[f"backbone.{key}"]) for key, value in small.backbone.state_dict().items()
+               if not key.endswith("num_batches_tracked"))  # fmt: skip
+    assert [address.rpartition("/")[2][:9] for address in asked] == ["resnet18_", "resnet18-", "resnet18_"]
+    assert asked[1] == "https://download.pytorch.org/models/resnet18-f37072fd.pth"
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ("torchvision://resnet_50", "torchvision has no such weights; did you mean 'resnet50'. Or give a path"),
+        ("mmcls://mobilenetv2", "mmcls has no such weights; did you mean 'mobilenet_v2'"),
+        ("torchvison://resnet50", "no such zoo; give a path, https://..., open-mmlab://NAME, .*, mmcls://NAME or none"),
+    ],
+)
+def test_weights_that_upstreams_zoos_have_not(seg, small, weights, words):
+    with pytest.raises(UserError, match=words):
+        seg.load_weights(small, weights)
+
+
+def logged_by_mmengine(state):
+    """A checkpoint as mmengine's CheckpointHook writes it, with the history of a run's losses."""
+    from mmengine.logging import MessageHub
+
+    hub = MessageHub("a run")
+    hub.update_scalar("train/loss", np.float32(2.5))
+    hub.update_info("iter", np.int64(3))
+    return {"meta": {"iter": 3}, "state_dict": state, "message_hub": hub.state_dict(), "param_schedulers": []}
+
+
+def test_weights_of_an_mmengine_run_are_read_without_its_log(seg, small, tmp_path):
+    torch.save(logged_by_mmengine({key: value + 1 for key, value in small.state_dict().items()}), tmp_path / "x.pth")
+    before = small.decode_head.conv_seg.bias.clone()
+    seg.load_weights(small, str(tmp_path / "x.pth"))
+    assert torch.equal(small.decode_head.conv_seg.bias, before + 1)
+
+
 class Trap:
     def __reduce__(self):
         return os.mkdir, ("trapped",)
@@ -215,10 +293,22 @@ class Trap:
 
 def test_weights_run_no_code(seg, small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save({"state_dict": Trap()}, "trap.pth")
+    torch.save({**logged_by_mmengine({}), "state_dict": Trap()}, "trap.pth")
     with pytest.raises(UserError, match="not a file of tensors"):
         seg.load_weights(small, "trap.pth")
     assert not Path("trapped").exists()
+
+
+class Reach:
+    def __reduce__(self):
+        return getattr, (torch.nn.Parameter(torch.zeros(1)), "data")
+
+
+def test_weights_reach_nothing_by_getattr(tmp_path):
+    """mmengine's log names getattr: what stands for it gives nothing."""
+    torch.save({"state_dict": {"w": torch.ones(1), "x": Reach()}}, tmp_path / "x.pth")
+    state = base.read_weights(str(tmp_path / "x.pth"))
+    assert type(state["x"]) is base.Unread and not vars(state["x"])
 
 
 def test_absent_weights_are_one_line(seg, small, tmp_path):
@@ -240,6 +330,12 @@ def test_without_a_network_the_line_says_where_the_weights_are(seg, small, monke
 
 
 # Data.
+
+
+def test_a_label_of_another_size_says_what_to_do(seg):
+    sample = {"gt_seg_map": np.zeros((4, 8)), "ori_shape": (5, 8), "seg_map_path": "x.png"}
+    with pytest.raises(UserError, match=r"x.png: is \(8, 4\), its picture \(8, 5\): remove it and run mode=prepare"):
+        seg.refuse_odd_labels(sample)
 
 
 def test_the_stream_starts_at_the_sessions_step(seg, built):
@@ -370,6 +466,31 @@ def test_a_cell_from_start_to_result(seg, cell, tmp_path, monkeypatch):
     }
     assert {path.name for path in tmp_path.iterdir()} == {"runs"}
     assert not any("vis_data" in name or name.endswith(".pth") for name in listing(tmp_path))
+
+
+def test_class_weights_leave_ignored_pixels_out(seg):
+    """Upstream's loss fails at them. It is torch's own weighted mean, as upstream's is where none is ignored."""
+    from tasks import mmzoo
+
+    torch.manual_seed(0)
+    pred, weights, label = torch.randn(2, 3, 4, 4), torch.tensor([0.5, 1.0, 2.0]), torch.randint(3, (2, 4, 4))
+    rest = {"class_weight": weights, "ignore_index": 255}
+    torch.testing.assert_close(
+        mmzoo.cross_entropy(pred, label, **rest), mmzoo._upstreams_loss(pred, label, **rest), rtol=1e-6, atol=0
+    )
+    label[0, :2] = 255
+    expected = torch.nn.functional.cross_entropy(pred, label, weights, ignore_index=255)
+    torch.testing.assert_close(mmzoo.cross_entropy(pred, label, **rest), expected)
+
+
+@pytest.mark.slow
+def test_a_head_that_wants_edges_gets_them(seg, cell, tmp_path):
+    """PIDNet's own augmentation makes them, and its loss asks for them."""
+    words = ("task=cityscapes", "task.model=pidnet-s_2xb6-120k_1024x1024-cityscapes", "task.weights=none",
+             "task.batch_size=2", "task.crop=[64,128]", "task.scale=[128,64]", "task.eval_every=100%", "data.workers=0",
+             "data.subset=4", "log_every=1", "budget.amount=1it", f"data.root={cell().data.root}")  # fmt: skip
+    result = base.train(cli.recipe((*words, f"out={tmp_path / 'edges'}")))
+    assert result["iterations_done"] == 1
 
 
 @pytest.mark.slow
