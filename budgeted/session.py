@@ -118,6 +118,8 @@ class Session:
         evaluated, where those are not the ones trained (Schedule-Free, precise batch norm).
         """
         self.model, self.optimizer, self._evaluate_model = model, optimizer, evaluate
+        statistics = (b for name, b in model.named_buffers() if name.endswith(("running_mean", "running_var")))
+        self._judged = [*model.parameters(), *statistics]
         self._evaluation_weights = evaluation_weights
         progress = None if self.horizon else lambda: self._clock
         self.scheduler = BudgetedLR(optimizer, self.recipe.schedule, self.horizon, progress)
@@ -350,10 +352,8 @@ class Session:
 
         Its loss, of the weights before, may have been: they must not become the last good checkpoint.
         """
-        statistics = (b for name, b in self.model.named_buffers() if name.endswith(("running_mean", "running_var")))
         with torch.no_grad():  # what is not finite leaves no sum finite; the largest magnitude takes ten times as long
-            sums = [t.sum(dtype=torch.float32) for t in (*self.model.parameters(), *statistics)]
-            total = torch.stack(sums).sum()
+            total = torch.stack([t.sum(dtype=torch.float32) for t in self._judged]).sum()
         if not math.isfinite(self.world.mean(total)):
             self._refuse(f"the update of step {self.step - 1} left weights that are not finite", self._applied_lr)
 
