@@ -450,11 +450,25 @@ def test_a_run_makes_upstreams_own_losses_and_average_precision(det, built, tmp_
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason="needs shared/data")
 @pytest.mark.slow
 def test_the_papers_model_takes_a_step_on_photographs(det, tmp_path):
-    """Mask R-CNN R50-FPN as upstream has it, on small images: its first loss is upstream's own."""
+    """Mask R-CNN R50-FPN on small images: its first loss is that of the model of upstream's untouched config."""
+    from detectron2 import model_zoo
+
     small = "INPUT: {MIN_SIZE_TRAIN: [96], MAX_SIZE_TRAIN: 160, MIN_SIZE_TEST: 96, MAX_SIZE_TEST: 160}"
     words = ("task=coco", f"data.root={PHOTOS}", f"out={tmp_path}", "task.weights=none", "task.batch_size=2",
              "budget.amount=2it", "log_every=1", f"task.options={{{small}}}", *ONCE)  # fmt: skip
-    result = base.train(cli.recipe(words))
+    recipe = cli.recipe(words)
+    result = base.train(recipe)
+    theirs = model_zoo.get_config(MASKS)
+    theirs.MODEL.DEVICE = "cpu"
+    torch.manual_seed(0)
+    model = det.build_model(theirs).train()
+    images = det.Detection(recipe.cfg, recipe.data, CPU).train_images
+    session = Session(recipe, recipe.total, World(), CPU)
+    (batch,) = session.loader_of(images, 0, 1, det.trivial_batch_collator)
+    session.close()
+    seed_all(0, STEPS, 0, 0)
+    with det.EventStorage():
+        assert losses(recipe)[0]["loss"] == pytest.approx(float(sum(model(batch).values())), rel=1e-5)
     assert result["iterations_done"] == 2 and result["data"]["n_train"] == 119
     assert set(result["metrics"]) == {f"{k}_{m}" for k in ("box", "mask") for m in ("ap", "ap50", "ap75")}
 
@@ -574,7 +588,8 @@ def test_variants_learn(cell, words):
     recipe = cell("budget.amount=8it", *words)
     result = base.train(recipe)
     found = [line["loss"] for line in losses(recipe)]
-    assert result["iterations_done"] == 8 and np.mean(found[-3:]) < np.mean(found[:3])
+    # with a rate of 1e-9 the later batches' mean is .97 to .99 of the first ones', with these .69 to .82
+    assert result["iterations_done"] == 8 and np.mean(found[-3:]) < 0.9 * np.mean(found[:3])
 
 
 @pytest.mark.slow
@@ -626,7 +641,7 @@ def test_two_processes_share_a_batch_and_the_evaluation(det, built, cell, tmp_pa
     words = ("budget.amount=4it", f"out={tmp_path / 'two'}", f"data.root={cell().data.root}")
     script = tmp_path / "rank.py"
     script.write_text(RANKS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29611"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     full = [*command, str(script), "task=coco_tiny", *ONCE, *words]
     environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(full, capture_output=True, text=True, cwd=REPO, env=environment)
