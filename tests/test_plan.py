@@ -328,7 +328,8 @@ def slow(tmp_path, monkeypatch):
 def test_a_probe_finds_how_fast_the_data_come(slow, workers):
     found = slow(f"data.workers={workers}")[1]
     truth = 50.0 * max(1, workers)
-    assert found["samples_per_second"] == pytest.approx(truth, rel=0.25)
+    # Batches that the loader had in hand made it 1.2 to 1.8 times as fast; a busy machine makes it slower.
+    assert 0.5 * truth < found["samples_per_second"] < 1.15 * truth
     assert 0 < found["data_wait_seconds"] <= found["train_seconds"]
 
 
@@ -337,7 +338,7 @@ def test_a_probe_prices_its_own_work_and_overwrites_no_other(slow, tmp_path):
     other = slow("data.workers=2", "task.crop_scale=[0.3,1.0]")[0]
     files = sorted(p.name for p in (tmp_path / "probe").iterdir())
     assert files == sorted(f"imagenet_tiny-resnet_narrow-fp32-{r.work}.json" for r in (named, other))
-    assert first["evaluations"] == 1 and first["eval_seconds"] == pytest.approx(0.4, rel=0.5)
+    assert first["evaluations"] == 1 and 0.35 < first["eval_seconds"] < 2  # forty samples, two workers
     row = price(cell(tmp_path, "task.batch_size=8", "budget.amount=10it"))
     assert row["training"] == pytest.approx(80 / first["samples_per_second"])
     assert row["evaluating"] == pytest.approx(2 * first["eval_seconds"])
