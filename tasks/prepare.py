@@ -246,9 +246,9 @@ def _short_clips(root: Path, options: Mapping[str, Any], log: logging.Logger) ->
     faults: dict[str, str] = {}
 
     def cut(clip: str) -> str:
-        fault = None if (root / clip).is_file() else "absent"
-        if not fault and side and (to / clip).exists():
+        if side and (to / clip).exists():  # whether or not the original was kept
             return "there already"
+        fault = None if (root / clip).is_file() else "absent"
         fault = fault or (_shrink(root / clip, to / clip, int(side)) if side else clip_fault(root / clip))
         if fault:
             faults[clip] = fault

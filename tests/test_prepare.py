@@ -393,3 +393,21 @@ def test_a_playlist_that_calls_itself_mp4_reaches_no_network(kinetics):
     (kinetics / "val/walk/v1_000001_000011.mp4").write_text(playlist)
     run(kinetics, "video", short_side=16)
     assert "val/walk/v1_000001_000011.mp4: cannot be decoded (" in (kinetics.parent / "k400-16/missing.txt").read_text()
+
+
+def test_cut_clips_stay_listed_once_their_originals_are_gone(tmp_path):
+    import logging
+
+    from tasks import layouts, prepare
+
+    root, to = tmp_path / "clips", tmp_path / "clips-64"
+    root.mkdir()
+    for split in ("train", "val"):
+        rows = f"label,youtube_id,time_start,time_end,split\nwave,abcdefghijk,0,10,{split}\n"
+        (root / f"{split}.csv").write_text(rows)
+        clip = to / layouts.listed_clips(root, split, manifest=False)[1][0][0]
+        clip.parent.mkdir(parents=True)
+        clip.write_bytes(b"cut before")
+    prepare._short_clips(root, {"short_side": 64, "workers": 1}, logging.getLogger("budgeted"))
+    assert all(len((to / f"{split}_list.csv").read_text().splitlines()) == 1 for split in ("train", "val"))
+    assert (to / "missing.txt").read_text() == ""
