@@ -236,13 +236,14 @@ def _binned(progress: np.ndarray, values: np.ndarray, bins: int = 100) -> tuple[
 
 
 def rate_curve(curves: Mapping[str, Curve]) -> bytes:
-    """Applied learning rate against progress, a line per schedule (one run each)."""
+    """Learning rate against progress, a line per schedule: by its formula, else as logged (one run each)."""
     return _progress_curve(curves, "lr", "learning rate")
 
 
 def loss_curve(curves: Mapping[str, Curve]) -> bytes:
-    """Training loss against progress, means over hundredths of the run."""
-    return _progress_curve(curves, "loss", "training loss, mean over 1% of the run")
+    """Training loss against progress, means over hundredths of the run; where fewer steps were logged, at those."""
+    few = max(len(curve.progress) for curve in curves.values()) < 100
+    return _progress_curve(curves, "loss", f"training loss, {'logged steps' if few else 'mean over 1% of the run'}")
 
 
 def _progress_curve(curves: Mapping[str, Curve], field: str, title: str) -> bytes:
@@ -250,6 +251,8 @@ def _progress_curve(curves: Mapping[str, Curve], field: str, title: str) -> byte
     crowd, ends, seen = len(curves) > 6, {}, []
     for schedule, curve in reversed(list(curves.items())):
         x, y = np.array(curve.progress), np.array(getattr(curve, field), dtype=float)
+        if field == "lr" and curve.rates:
+            x, y = (np.array(values) for values in curve.rates)
         order = np.argsort(x, kind="stable")
         x, y = x[order], y[order]
         if field == "loss":

@@ -11,13 +11,13 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import page, plots, tables
-from benchmarks.results import Curve, Entry, clean, read_curve, scan, with_missing
+from benchmarks.results import Curve, Entry, clean, exact_rates, read_curve, scan, with_missing
 from benchmarks.tables import Grid, Verdict
 
 if TYPE_CHECKING:
@@ -81,9 +81,12 @@ def build(out: Path, found: Survey | None = None) -> Path:
     folder = found.out / "report"
     folder.mkdir(parents=True, exist_ok=True)
     pictures, skipped = draw(found.grids)
-    for several in pictures.values():
-        for picture in several:
-            _write(folder / f"{picture.name}.png", picture.data)
+    written = {f"{picture.name}.png": picture.data for several in pictures.values() for picture in several}
+    for name, data in written.items():
+        _write(folder / name, data)
+    for old in folder.glob("[0-9][0-9]-*.png"):  # of an earlier report, whose sections had other numbers
+        if old.name not in written:
+            old.unlink()
     _write(folder / "table.csv", to_csv(found).encode("utf-8", "replace"))
     _write(folder / "table.md", markdown(found).encode("utf-8", "replace"))
     _write(folder / "index.html", to_html(found, pictures, skipped).encode("utf-8", "replace"))
@@ -107,15 +110,15 @@ def draw(grids: Sequence[Grid]) -> tuple[dict[int, list[page.Picture]], int]:
         if len(drawn) == DRAWN:
             break
         stem = f"{index:02d}-" + (re.sub(r"[^A-Za-z0-9_-]+", "-", grid.title).strip("-")[:40] or "task")
-        curves = sample_curves(grid)
+        budget, curves = sample_curves(grid)
         bad += sum(curve.bad for curve in curves.values())
-        jobs = _jobs(grid, curves)
+        jobs = _jobs(grid, budget, curves)
         if several := [page.Picture(f"{stem}-{kind}", draws(data), says) for kind, says, draws, data in jobs]:
             drawn[index] = several
     return drawn, bad
 
 
-def _jobs(grid: Grid, curves: dict[str, Curve]) -> Iterator[tuple[str, str, Any, Any]]:
+def _jobs(grid: Grid, budget: str, curves: dict[str, Curve]) -> Iterator[tuple[str, str, Any, Any]]:
     """(kind, description, drawing function, data) of every picture that this grid can fill."""
     budgets = plots.drawable(grid)
     what = f"{grid.metric} on {grid.title}"
@@ -128,13 +131,14 @@ def _jobs(grid: Grid, curves: dict[str, Curve]) -> Iterator[tuple[str, str, Any,
     if budgets and len(grid.schedules) > 1:
         yield "heat", f"{what}: schedule by budget", plots.heat_map, grid
     if curves:
-        yield "lr", f"Learning rate against progress on {grid.title}", plots.rate_curve, curves
+        where = f"{grid.title} at {budget}"
+        yield "lr", f"Learning rate against progress on {where}", plots.rate_curve, curves
         if any(not math.isnan(v) for c in curves.values() for v in c.loss):
-            yield "loss", f"Training loss against progress on {grid.title}", plots.loss_curve, curves
+            yield "loss", f"Training loss against progress on {where}", plots.loss_curve, curves
 
 
-def sample_curves(grid: Grid) -> dict[str, Curve]:
-    """One run per schedule (lowest seed), at the budget most schedules have, the largest of those."""
+def sample_curves(grid: Grid) -> tuple[str, dict[str, Curve]]:
+    """The budget most schedules have, the largest of those, and a run of each schedule there (lowest seed)."""
 
     def sampled(budget: str) -> list[tuple[str, Path]]:
         rows = [(s, grid.squares[s, budget].runs) for s in grid.schedules]
@@ -142,14 +146,14 @@ def sample_curves(grid: Grid) -> dict[str, Curve]:
         return [(s, path) for s, path in firsts if path.is_file()]
 
     choices = [sampled(budget) for budget in grid.budgets]
-    chosen = max(enumerate(choices), key=lambda item: (len(item[1]), item[0]), default=(0, []))[1]
+    at, chosen = max(enumerate(choices), key=lambda item: (len(item[1]), item[0]), default=(0, []))
     curves = {}
     for schedule, path in chosen[:CURVES]:
         try:
-            curves[schedule] = read_curve(path)
+            curves[schedule] = replace(read_curve(path), rates=exact_rates(path.parent))
         except OSError as error:
             log.warning("%s: %s", path, error.strerror)
-    return {s: c for s, c in curves.items() if c.progress}
+    return (grid.budgets[at] if choices else ""), {s: c for s, c in curves.items() if c.progress}
 
 
 # ---- HTML

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from budgeted.cells import undamaged
+from budgeted.errors import UserError
 
 log = logging.getLogger("budgeted")
 MAX_BYTES = 1 << 20  # a larger result.json or state.json is refused unread
@@ -448,12 +449,16 @@ def died(progress: dict[str, Any], lock: Path) -> bool:
 
 @dataclass(slots=True)
 class Curve:
-    """Logged steps of one run, thinned: progress in [0, 1], lr, loss (NaN where not logged); bad: lines skipped."""
+    """Logged steps of one run, thinned: progress in [0, 1], lr, loss (NaN where not logged); bad: lines skipped.
+
+    rates: (progress, lr) of the whole schedule, where the run's configuration says it: few steps may have been logged.
+    """
 
     progress: list[float]
     lr: list[float]
     loss: list[float]
     bad: int
+    rates: tuple[list[float], list[float]] | None = None
 
 
 def read_curve(path: Path, pieces: int = 160, piece: int = 1024) -> Curve:
@@ -475,6 +480,28 @@ def read_curve(path: Path, pieces: int = 160, piece: int = 1024) -> Curve:
         curve.lr.append(lr)
         curve.loss.append(loss)
     return curve
+
+
+def exact_rates(directory: Path, points: int = 400) -> tuple[list[float], list[float]] | None:
+    """(progress, learning rate) of a run's schedule by its formula; None where its files do not say all of it."""
+    import yaml
+
+    from budgeted.budgets import Epoch
+    from budgeted.recipe import build_schedule
+
+    try:
+        cfg = yaml.safe_load((directory / "config.yaml").read_text())
+        result = json.loads((directory / "result.json").read_text())
+        epoch = Epoch(result["data"]["n_train"], cfg["task"]["batch_size"], cfg["task"]["last_batch"])
+        schedule = build_schedule(cfg, result["budget"]["full_iterations"], epoch)
+        own = cfg["optimizer"].get("lr")
+        base = float(cfg["task"]["lr"] if own is None else own)
+        total = min(points, int(result["budget"]["iterations"]))
+        progress = [k / total for k in range(total)]
+        rates = [base * schedule(p) for p in progress]
+        return (progress, rates) if all(map(math.isfinite, rates)) else None
+    except (OSError, UserError, yaml.YAMLError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
+        return None
 
 
 def _sample_lines(path: Path, pieces: int, piece: int) -> Iterator[bytes]:

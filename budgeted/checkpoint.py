@@ -209,12 +209,12 @@ class Background:
             work.result()
 
 
-def load(path: Path) -> dict[str, Any] | None:
+def load(path: str | Path) -> dict[str, Any] | None:
     """The newest checkpoint that is whole, on the CPU, or None when there is none. A broken one is named in the log.
 
     Raises BrokenCheckpoint when there are checkpoints but none of them is whole.
     """
-    broken = []
+    path, broken = Path(path), []
     for candidate in (path, previous(path)):
         if not candidate.exists():
             continue

@@ -405,6 +405,12 @@ def known_key(key: str, cfg: Config) -> None:
         node = node.get(part, _ABSENT) if isinstance(node, dict) else _ABSENT
     if node is not _ABSENT or (key.startswith("task.options.") and "options" in cfg["task"]):
         return
+    if key.startswith("schedule."):
+        schedule = cfg["schedule"]
+        own = ", ".join(k for k in schedule if k != "name") or "none"
+        raise UserError(
+            f"{key}: no such constant of schedule={schedule['name']} ({own}); sweep those that have it apart"
+        )
     known = flatten(cfg)
     sections = {".".join(k.split(".")[:n]) for k in known for n in range(1, k.count(".") + 1)}
     last = key.rsplit(".", 1)[-1]

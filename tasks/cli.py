@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import create_config_search_path
@@ -26,6 +27,7 @@ from budgeted.cells import undamaged
 from budgeted.errors import UserError, nearest
 from budgeted.files import read_json
 from budgeted.recipe import Config, Recipe, known_key, resolve, same_types, validate
+from budgeted.schedules import SCHEDULES
 from tasks import compat, layouts, zoo
 
 log = logging.getLogger("budgeted")
@@ -33,6 +35,7 @@ log = logging.getLogger("budgeted")
 CONF = Path(__file__).resolve().parent.parent / "conf"
 GROUPS = ("task", "schedule", "budget", "optimizer")
 MODES = ("train", "plan", "status", "report", "check", "prepare", "probe")
+SAID_BY_DATA = ("task.samples", "task.val_samples", "task.classes")
 NEED_A_RUN = ("refined", "replay")  # schedules made from an earlier run: glob(*) leaves them out
 # Hydra answers these itself; nothing of ours runs.
 HYDRA_FLAGS = (
@@ -121,6 +124,8 @@ def _check(override: Override, multirun: bool) -> None:
         raise UserError(f"{override.input_line}: nothing of the configuration can be deleted")
     if key == "sweep" and not multirun:
         raise UserError(f"sweep={override.value()}: a sweep needs -m: python run.py -m sweep={override.value()}")
+    if key in SAID_BY_DATA:
+        raise UserError(f"{key}: says what data the recipe is for; data.root and data.subset choose what is trained on")
     if key == "sweep" and override.is_sweep_override():
         raise UserError(f"{override.input_line}: one sweep at a time")
     if key in (*GROUPS, "sweep"):
@@ -150,6 +155,8 @@ def _check_option(group: str, value: Any) -> None:
         near = f"budget={name}%" if f"{name}%" in found else f"budget.amount={name}"
         near += "" if near.endswith("%") or name[-1:].isalpha() else "%"
         raise UserError(f"budget={name}: no such option; write {near} (options: {', '.join(found)})")
+    if group == "schedule" and name in SCHEDULES:
+        raise UserError(f"schedule={name}: conf/schedule/{name}.yaml is missing; its first line is `name: {name}`")
     raise UserError(f"{group}={name}: no such {group}; {nearest(name, found)}")
 
 
@@ -344,6 +351,9 @@ def _assembled(choices: tuple[tuple[str, str], ...]) -> Config:
     for group in ("schedule", "budget"):
         if group in chosen:
             cfg[group] = _composed((f"{group}={chosen[group]}",))[group]
+    for group in GROUPS[:2]:
+        if group in chosen and not isinstance(cfg[group].get("name"), str):
+            raise UserError(f"conf/{group}/{chosen[group]}.yaml: lacks its name; its first line is `name: ...`")
     return {**cfg, "optimizer": _fitting(cfg["optimizer"])}
 
 
@@ -360,7 +370,12 @@ def _keys(path: Path) -> frozenset[str]:
 
 @functools.cache
 def _composed(overrides: tuple[str, ...]) -> Config:
-    cfg = _loader().load_configuration("config", list(overrides), RunMode.RUN)
+    try:
+        cfg = _loader().load_configuration("config", list(overrides), RunMode.RUN)
+    except yaml.YAMLError as error:
+        raise UserError(
+            f"{' '.join(overrides)}: its file in conf/ is no YAML: {' '.join(str(error).split())}"
+        ) from None
     plain: Any = {k: v for k, v in OmegaConf.to_container(cfg, resolve=False).items() if k != "hydra"}  # type: ignore[union-attr]
     return plain
 

@@ -179,7 +179,7 @@ class Segmentation:
 
 def streets(data: layouts.Data, split: str, config: Upstream, keep: int | None = None) -> CityscapesDataset:
     """Upstream's dataset of one split; of the training split only what data.subset keeps."""
-    dataset = CityscapesDataset(
+    dataset = _Streets(
         data_root=str(data.root),
         data_prefix={"img_path": f"leftImg8bit/{split}", "seg_map_path": f"gtFine/{split}"},
         pipeline=config.train_pipeline if split == "train" else config.test_pipeline,
@@ -190,6 +190,20 @@ def streets(data: layouts.Data, split: str, config: Upstream, keep: int | None =
     if keep:
         dataset.get_subset_(layouts.subset(len(dataset), keep))
     return dataset
+
+
+class _Streets(CityscapesDataset):
+    """Upstream's, whose errors name the file."""
+
+    def prepare_data(self, idx: int) -> Any:
+        try:
+            return super().prepare_data(idx)
+        except UserError:
+            raise
+        except Exception as error:
+            record = self.get_data_info(idx)
+            what = f"{record['img_path']} or its label {record['seg_map_path']}"
+            raise UserError(f"{what}: cannot be used ({type(error).__name__}: {error}); replace them") from error
 
 
 KNOWN = np.zeros(2**16, dtype=bool)  # the ids that a label image may hold

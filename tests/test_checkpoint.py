@@ -61,6 +61,11 @@ def is_content(found, k=0):
     return same({key: v for key, v in found.items() if key != "schema"}, content(k))
 
 
+def test_a_path_may_be_a_word(tmp_path):
+    checkpoint.save(tmp_path / "checkpoint.pt", {"step": 3})
+    assert checkpoint.load(str(tmp_path / "checkpoint.pt")) == {"step": 3}
+
+
 def test_round_trip(tmp_path):
     save(tmp_path / "c.pt", content())
     assert is_content(load(tmp_path / "c.pt"))

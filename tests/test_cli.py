@@ -229,6 +229,8 @@ BAD = [
     ("task=coco task.options=5", "task.options=5: must be a section"),
     ("-m sweep=smoke,rex", "one sweep at a time"),
     ("budget.amount=.5%", "write 0.5%"),
+    ("task.classes=5", "says what data the recipe is for; data.root and data.subset"),
+    ("-m schedule=step,linear schedule.gamma=0.2", "no such constant of schedule=linear"),
     ("schedule=exp schedule.T0=inf", "a finite number"),
     ("optimizer=schedule_free optimizer.momentum=0", "a number in (0, 1)"),
     ("task=cityscapes_tiny task.crop=[64]", "[height, width]"),

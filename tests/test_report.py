@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from benchmarks import plots, report, status, tables
+from benchmarks import plots, report, results, status, tables
 from benchmarks.make_results import make, record, write_run
 from benchmarks.results import BadFile, amount, clean, last_step, read_curve, scan, seconds_text
 from budgeted.cells import digest
@@ -859,3 +859,39 @@ def test_cut_labels_can_be_told_apart():
     assert plots.plain("linear", 14) == "linear" and plots.plain("a$", 14) == r"a\$"
     cut = {plots.plain(f"onecycle pct_start=0.{k}", 14) for k in range(1, 5)}
     assert len(cut) == 4 and {len(label) for label in cut} == {14}
+
+
+RATES = """
+task: {lr: 0.1, batch_size: 4, last_batch: drop, milestones: [0.5, 0.75], warmup: {fraction: 0.0, factor: 1.0}}
+optimizer: {name: sgd, lr: null}
+schedule: {name: step, gamma: 0.1, milestones: null}
+hold: null
+"""
+
+
+def test_rates_are_drawn_by_their_formula_however_few_were_logged(tmp_path):
+    (tmp_path / "config.yaml").write_text(RATES)
+    made = {"data": {"n_train": 40}, "budget": {"full_iterations": 100, "iterations": 8}}
+    (tmp_path / "result.json").write_text(json.dumps(made))
+    progress, rates = results.exact_rates(tmp_path)
+    assert progress == [k / 8 for k in range(8)]
+    assert rates == pytest.approx([0.1] * 4 + [0.01] * 2 + [0.001] * 2)
+
+
+@pytest.mark.parametrize("text", ["", "a: [", "task: 3", RATES.replace("step", "nope"), RATES.replace("0.1,", "x,")])
+def test_rates_that_a_configuration_does_not_say_are_not_drawn(tmp_path, text):
+    (tmp_path / "config.yaml").write_text(text)
+    (tmp_path / "result.json").write_text(
+        '{"data": {"n_train": 40}, "budget": {"full_iterations": 9, "iterations": 8}}'
+    )
+    assert results.exact_rates(tmp_path) is None
+
+
+def test_pictures_of_an_earlier_report_are_gone(pair):
+    report.build(pair)
+    folder = pair / "report"
+    names = {path.name for path in folder.glob("*.png")}
+    (folder / "07-gone-lr.png").write_bytes(b"old")
+    (folder / "mine.png").write_bytes(b"a user's")
+    report.build(pair)
+    assert {path.name for path in folder.glob("*.png")} == names | {"mine.png"}

@@ -338,6 +338,23 @@ def test_a_label_of_another_size_says_what_to_do(seg):
         seg.refuse_odd_labels(sample)
 
 
+def test_a_label_that_is_cut_short_is_named(seg, built):
+    adapter, _ = built()
+    broken = adapter.dataset.get_data_info(3)["seg_map_path"]
+    whole = Path(broken).read_bytes()
+    other = Path(broken).with_name("cut.png")
+    other.write_bytes(whole[:100])
+    adapter.dataset.get_data_info = lambda index: {
+        **type(adapter.dataset).get_data_info(adapter.dataset, index),
+        "seg_map_path": str(other),
+    }
+    try:
+        with pytest.raises(UserError, match=r"leftImg8bit.png or its label \S+cut.png: cannot be used \(OSError: "):
+            adapter.dataset[3]
+    finally:
+        other.unlink()
+
+
 def test_the_stream_starts_at_the_sessions_step(seg, built):
     adapter, session = built()
     first = [batch for batch, _ in zip(session.loader(adapter.dataset, seg.pseudo_collate), range(3), strict=False)]
