@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
@@ -28,6 +29,10 @@ def summary(name: str, root: Path) -> Data:
         odd = sorted(set(train["classes"]) ^ set(val["classes"]))
         what = f"train and val do not have the same categories{': ' + some(odd) if odd else ' by id'}"
         raise wrong(root, what, "both json files need the same list")
+    for split, digest in zip(SPLITS, (train, val), strict=True):
+        if not digest["annotated"]:
+            where = coco_files(root, split)[0].relative_to(root)
+            raise wrong(root, f"{where} has no object that is not a crowd", "annotate some: AP would be 0 without one")
     bare = len(train["files"]) - train["annotated"]
     return Data(name, root, train["annotated"], len(val["files"]), tuple(train["classes"]), left_out=bare)
 
@@ -82,6 +87,21 @@ def _has_shape(row: Mapping[str, Any]) -> bool:
     return not (isinstance(mask, list) and mask) or any(len(p) >= 6 and len(p) % 2 == 0 for p in mask)
 
 
+def _finite(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < math.inf
+
+
+# Upstream and pycocotools read these of every object, the evaluation only after training.
+REQUIRED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "bbox": (
+        lambda v: isinstance(v, list) and len(v) == 4 and all(map(_finite, v)),
+        "it is [x, y, width, height] in pixels",
+    ),
+    "area": (_finite, "it is a number of pixels"),
+    "iscrowd": (lambda v: v in (0, 1), "it is 0 or 1"),
+}
+
+
 def _faults(tables: Mapping[str, list[Any]]) -> Iterator[tuple[str, str]]:
     """What is wrong and how to mend it, in pairs."""
     for kind in ("images", "annotations", "categories"):
@@ -91,6 +111,8 @@ def _faults(tables: Mapping[str, list[Any]]) -> Iterator[tuple[str, str]]:
             yield f"two {kind} have the same id", "give each its own"
     sizes = {image["id"]: (image["height"], image["width"]) for image in tables["images"]}
     categories = {category["id"] for category in tables["categories"]}
+    if nameless := [c["id"] for c in tables["categories"] if not isinstance(c.get("name"), str)]:
+        yield f"category {nameless[0]} has no name", "give it one"
     for row in tables["annotations"]:
         name = f"annotation {row['id']}"
         if row["category_id"] not in categories:
@@ -99,6 +121,9 @@ def _faults(tables: Mapping[str, list[Any]]) -> Iterator[tuple[str, str]]:
         if row["image_id"] not in sizes:
             yield f"{name} has image_id {row['image_id']}, which is not in images", "remove it or add the image"
             continue
+        for key, (good, form) in REQUIRED.items():
+            if not good(row.get(key)):
+                yield f"{name} has {f'{key} {str(row[key])[:60]}' if key in row else f'no {key}'}", form
         height, width = sizes[row["image_id"]]
         mask = row.get("segmentation")
         if isinstance(mask, dict) and list(mask["size"]) != [height, width]:
@@ -118,7 +143,7 @@ def _cached(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]
     stat = path.stat()
     if stat.st_size < 5_000_000:
         return compute()
-    key = hashlib.sha256(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:2".encode()).hexdigest()[:20]
+    key = hashlib.sha256(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:3".encode()).hexdigest()[:20]
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "budgeted" / f"coco-{key}.json"
     with contextlib.suppress(OSError, ValueError):  # absent, or not ours to read
         return json.loads(home.read_text())

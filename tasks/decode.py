@@ -145,6 +145,7 @@ def _clips(data: Data, take: Take, least: int) -> Iterator[tuple[str, str]]:
 
 
 def _objects(data: Data, take: Take, _: int) -> Iterator[tuple[str, str]]:
+    masked = False
     for split in SPLITS:
         path, folder = layouts.coco_files(data.root, split)
         tables = tables_of(data.root, path)
@@ -160,6 +161,11 @@ def _objects(data: Data, take: Take, _: int) -> Iterator[tuple[str, str]]:
             ids = [str(row["id"]) for row in tables["annotations"] if test(row)]
             if ids:
                 yield _within(data, path), f"annotations with {what}: {some(ids)}: they teach nothing; remove them"
+        bare = [str(row["id"]) for row in tables["annotations"] if not row.get("segmentation")]
+        masked = masked or len(bare) < len(tables["annotations"])
+        if masked and bare:  # boxes alone, in both files, are a set of their own
+            what = f"annotations without a segmentation, where others have one: {some(bare)}"
+            yield _within(data, path), f"{what}: a model of masks fails on them; add it or train on boxes alone"
 
 
 def _other_size(file: Path, row: Mapping[str, Any]) -> str | None:

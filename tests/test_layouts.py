@@ -338,6 +338,7 @@ def test_coco_trains_on_images_with_an_object_that_is_no_crowd(tmp_path):
 
 
 TRAIN = "annotations/instances_train2017.json"
+VAL = "annotations/instances_val2017.json"
 
 
 @pytest.mark.parametrize(
@@ -354,10 +355,48 @@ TRAIN = "annotations/instances_train2017.json"
          "annotation 7 has a mask of [8, 6], its image is [6, 8]: size is [height, width]"),
         ({"annotations": row(segmentation=[[1, 1, 40, 1, 4, 4]])},
          "annotation 7 has a polygon outside its image of 8 x 6: points are x, y in pixels"),
+        ({"annotations": row(bbox=[1, 1, float("nan"), 3])},
+         "annotation 7 has bbox [1, 1, nan, 3]: it is [x, y, width, height] in pixels"),
+        ({"annotations": row(bbox=[1, 1, 3])}, "annotation 7 has bbox [1, 1, 3]: it is [x, y, width, height] in pixels"),
+        ({"annotations": row(area="9")}, "annotation 7 has area 9: it is a number of pixels"),
+        ({"annotations": row(iscrowd=None)}, "annotation 7 has iscrowd None: it is 0 or 1"),
+        ({"annotations": row(iscrowd=1)},
+         "has no object that is not a crowd: annotate some: AP would be 0 without one"),
+        ({"categories": [{"id": 3}, {"id": 9, "name": "dog"}]}, "category 3 has no name: give it one"),
     ],
 )  # fmt: skip
 def test_coco_faults(tmp_path, changes, line):
-    assert fault(coco(tmp_path, **changes), "detection") == f"{TRAIN}: {line}"
+    between = " " if line.startswith("has ") else ": "
+    assert fault(coco(tmp_path, **changes), "detection") == f"{TRAIN}{between}{line}"
+
+
+@pytest.mark.parametrize("key", ["bbox", "area", "iscrowd"])
+def test_coco_fields_that_only_the_evaluation_reads(tmp_path, key):
+    path = coco(tmp_path) / VAL
+    tables = json.loads(path.read_text())
+    del tables["annotations"][1][key]
+    path.write_text(json.dumps(tables))
+    assert fault(tmp_path, "detection").startswith(f"{VAL}: annotation 2 has no {key}: it is ")
+
+
+def test_coco_validation_without_an_object_is_refused(tmp_path):
+    path = coco(tmp_path) / VAL
+    path.write_text(json.dumps({**json.loads(path.read_text()), "annotations": row(iscrowd=1)}))
+    assert fault(tmp_path, "detection") == f"{VAL} has no object that is not a crowd: " + (
+        "annotate some: AP would be 0 without one"
+    )
+
+
+def test_coco_check_finds_objects_without_a_mask_among_others(tmp_path):
+    coco(tmp_path, annotations=row())
+    path, end = tmp_path / VAL, ": a model of masks fails on them; add it or train on boxes alone"
+    tables = json.loads(path.read_text())
+    path.write_text(json.dumps({**tables, "annotations": row()}))
+    assert look(tmp_path, "detection", check=True)[1] == []
+    path.write_text(json.dumps({**tables, "annotations": [*tables["annotations"], *row()]}))
+    assert look(tmp_path, "detection", check=True)[1] == [
+        f"{VAL}: annotations without a segmentation, where others have one: 1 (7){end}"
+    ]
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../1.jpg", "a/../../1.jpg", "..\\1.jpg", ""])
@@ -405,7 +444,13 @@ def test_coco_without_annotations_folder(tmp_path):
 
 
 def test_coco_check_finds_other_sizes_and_degenerate_objects(tmp_path):
-    coco(tmp_path, annotations=[*row(segmentation=[[1, 1, 2, 2]]), *row(id=8, bbox=[1, 1, 0, 3])])
+    coco(
+        tmp_path,
+        annotations=[
+            *row(segmentation=[[1, 1, 2, 2]]),
+            *row(id=8, bbox=[1, 1, 0, 3], segmentation=[[1, 1, 2, 2, 1, 2]]),
+        ],
+    )
     picture(tmp_path / "train2017/2.jpg", (6, 8))
     end = ": they teach nothing; remove them"
     assert look(tmp_path, "detection", check=True)[1] == [
