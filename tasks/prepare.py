@@ -24,7 +24,7 @@ from PIL import Image
 
 from budgeted.errors import UserError
 from tasks import layouts
-from tasks.decode import LOCAL, UNREADABLE, clip_fault
+from tasks.decode import LOCAL, UNREADABLE, clip_fault, picture_fault
 from tasks.folder import SPLITS, names, near, some, wrong
 
 
@@ -119,6 +119,8 @@ def _pack(root: Path, log: logging.Logger) -> list[str]:
     ).classes
     for split in SPLITS:
         samples = layouts.images(root, split)[1]
+        if fault := picture_fault(samples[0][0]):
+            raise UserError(f"{samples[0][0]}: cannot be decoded ({fault}); replace or remove it")
         with Image.open(samples[0][0]) as first:
             width, height = first.size
         with atomic(to / f"{split}_images.npy") as beside:

@@ -3,6 +3,8 @@
 import json
 import logging
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 from PIL import Image
 
 from budgeted.errors import UserError
-from tasks import layouts, prepare, tiny
+from tasks import cli, layouts, prepare, tiny
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 real = pytest.mark.skipif(not SHARED.is_dir(), reason="the real data beside the checkout is not here")
@@ -39,6 +41,20 @@ def test_absent_root(tmp_path):
 
 def test_coco_needs_nothing(tmp_path):
     assert run(tmp_path, "detection") == [f"{tmp_path}: mine needs no preparation"]
+
+
+@pytest.mark.parametrize(
+    ("word", "line"),
+    [
+        ("prepare.labels=5", "prepare.labels=5: must be a path or null"),
+        ("prepare.labels=[a]", "prepare.labels=['a']: must be a path or null"),
+        ("prepare.short_side=0", "prepare.short_side=0: must be a whole number of at least 1 or null"),
+    ],
+)
+def test_words_that_are_wrong_are_one_line(word, line):
+    with pytest.raises(UserError) as caught:
+        cli.check_arguments(["mode=prepare", "task=imagenet", word])
+    assert str(caught.value) == line
 
 
 # ImageNet.
@@ -159,6 +175,17 @@ def test_only_whole_pictures_of_one_size_are_packed(small):
     assert not layouts.is_packed(small.with_name("set-packed"))
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_damaged_first_picture_is_named(small, split):
+    first = small / split / "cat/0.png"
+    first.write_bytes(b"404 not found")
+    with pytest.raises(UserError) as caught:
+        run(small, "classification", pack=True)
+    assert str(caught.value) == (
+        f"{first}: cannot be decoded (cannot identify image file the file); replace or remove it"
+    )
+
+
 @pytest.mark.parametrize(
     ("spoil", "what"),
     [
@@ -180,7 +207,7 @@ def test_a_spoilt_packed_copy_is_one_line(small, spoil, what):
 
 
 def test_a_run_on_the_packed_copy_is_the_same_run(tmp_path):
-    from tasks import base, cli
+    from tasks import base
 
     words = ("budget.amount=4it", "task.eval_every=100%", "device=cpu")
     data = tmp_path / "imagenet_tiny"
@@ -342,6 +369,16 @@ def test_without_a_short_side_only_manifests_are_written(kinetics):
     assert set(files(kinetics)) - set(before) == {"train_list.csv", "val_list.csv", "classes.txt", "missing.txt"}
     assert look(kinetics, "video").n_train == 1
     assert "2 missing, 4 whole" in run(kinetics, "video", short_side=None)[0]
+
+
+def test_without_a_short_side_from_the_command_line(kinetics):
+    words = ["mode=prepare", "task=kinetics", f"data.root={kinetics}", "prepare.short_side=null"]
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).parents[1] / "run.py"), *words],
+        cwd=kinetics.parent, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0 and "2 missing, 4 whole" in done.stdout + done.stderr
+    assert (kinetics / "train_list.csv").is_file()
 
 
 def test_a_manifest_of_the_users_own_is_not_written_over(kinetics):
