@@ -129,6 +129,7 @@ def _class_folders(name: str, root: Path) -> Data:
     if root.name in SPLITS and all((root.parent / split).is_dir() for split in SPLITS):
         raise wrong(root, "one split of a set", f"did you mean data.root={root.parent}?")
     _refuse_odd_splits(root, classes, val_classes, bool(train))
+    _refuse_unplaced(root, val)
     if not (root / "train").is_dir():
         log.warning("%s has no train/ and val/: each tenth image of a class is held out for validation", root)
     for one, other, lacking in (
@@ -161,6 +162,15 @@ def _refuse_odd_splits(root: Path, classes: tuple[str, ...], val_classes: tuple[
             raise wrong(root, f"no class folders with images in {split}/", fix)
     if len(classes) < 2:
         raise wrong(root, f"one class folder only ({classes[0]})", "at least two classes are needed")
+
+
+def _refuse_unplaced(root: Path, val: list[tuple[str, int]]) -> None:
+    """The loose images of a flat val/ stay when they are linked into class folders; one that is in none is unused."""
+    placed = {path.rpartition("/")[2] for path, _ in val}
+    loose = [f for f in names(root / "val") if f.lower().endswith(IMAGES) and f not in placed]
+    if loose:
+        fix = "finish with mode=prepare prepare.labels=<csv with columns image,wnid>, or remove them"
+        raise wrong(root, f"val/ holds loose images that are in no class folder: {some(loose)}", fix)
 
 
 # Cityscapes.
@@ -296,7 +306,9 @@ def _official(root: Path, path: Path) -> tuple[tuple[str, ...], list[tuple[str, 
         what = f"{path.name} {'has no column ' + lost[0] if rows else 'lists no clip'}"
         raise wrong(root, what, "expected the official label,youtube_id,time_start,time_end,split")
     classes = tuple(sorted({row["label"] or "" for row in rows}))
-    places = {label: (_label_folder(root, path.stem, label), index) for index, label in enumerate(classes)}
+    # Listed once: a split may hold its 60,000 clips itself.
+    loose = any(name.endswith(".mp4") for name in names(root / path.stem)[:50])
+    places = {label: (_label_folder(root, path.stem, label, loose), index) for index, label in enumerate(classes)}
     listed = []
     for number, row in enumerate(rows, 2):
         try:
@@ -310,11 +322,10 @@ def _official(root: Path, path: Path) -> tuple[tuple[str, ...], list[tuple[str, 
     return classes, listed
 
 
-def _label_folder(root: Path, split: str, label: str) -> str:
+def _label_folder(root: Path, split: str, label: str, loose: bool) -> str:
     if "/" in label or label in ("", ".", ".."):
         raise wrong(root, f"{split}.csv has the label {label!r}", "a label is the name of a folder")
     spellings = [f"{split}/{label.replace(' ', '_')}", f"{split}/{label}"]
-    loose = any(name.endswith(".mp4") for name in names(root / split)[:50])
     return next((s for s in spellings if (root / s).is_dir()), split if loose else spellings[0])
 
 

@@ -153,6 +153,22 @@ def test_flat_imagenet_validation_is_sent_to_prepare(tmp_path):
     )
 
 
+def test_imagenet_validation_placed_in_part_is_sent_to_prepare(tmp_path):
+    folders(tmp_path)
+    for name in ("0", "1", "7"):  # 0 and 1 are in class folders too
+        picture(tmp_path / f"val/{name}.jpg")
+    line = (
+        "val/ holds loose images that are in no class folder: 1 (7.jpg): "
+        "finish with mode=prepare prepare.labels=<csv with columns image,wnid>, or remove them"
+    )
+    assert fault(tmp_path, "classification") == line
+    shutil.rmtree(tmp_path / "val/dog")
+    assert fault(tmp_path, "classification") == line
+    (tmp_path / "val/7.jpg").unlink()
+    shutil.copytree(tmp_path / "val/cat", tmp_path / "val/dog")
+    assert look(tmp_path, "classification").n_val == 6
+
+
 def test_validation_folder_of_another_name(tmp_path):
     folders(tmp_path, splits=["train", "valid"])
     assert fault(tmp_path, "classification") == (
@@ -718,3 +734,16 @@ def test_a_folder_that_may_not_be_read_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr("tasks.folder.os.listdir", refuse)
     assert fault(tmp_path, "classification").endswith("cannot be read (Permission denied): mend its permissions")
+
+
+def test_a_split_is_listed_once_for_all_its_labels(tmp_path, monkeypatch):
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        rows = [f"label{k},v{k},0,10,{split}\n" for k in range(30)]
+        (tmp_path / f"{split}.csv").write_text(OFFICIAL + "".join(rows))
+        for k in range(30):
+            (tmp_path / split / f"v{k}_000000_000010.mp4").touch()
+    listings, listed = [], layouts.names
+    monkeypatch.setattr(layouts, "names", lambda folder: listings.append(folder) or listed(folder))
+    assert layouts.listed_clips(tmp_path, "train")[1][0] == ("train/v0_000000_000010.mp4", 0)
+    assert listings == [tmp_path / "train"]
