@@ -186,7 +186,7 @@ def _bar(row: Row, width: int = 12) -> Any:
     if row["progress"] is None:
         return Text("")
     full = round(width * min(1.0, row["progress"]))
-    return Text("━" * full, style=COLOURS[row["state"]]).append("━" * (width - full), style="bright_black")
+    return Text("━" * full, style=COLOURS[row["state"]]).append("─" * (width - full), style="bright_black")
 
 
 def _steps(row: Row) -> str:

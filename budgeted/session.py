@@ -340,12 +340,16 @@ class Session:
         pending, self._pending = self._pending, []
         if not pending or self.cfg["on_nonfinite"] == "skip":
             return
-        values = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.device) for _, v, _ in pending])
-        values = self.world.mean(values)  # so that every rank finds what one has
-        bad = torch.nonzero(~torch.isfinite(values.cpu()))
-        if len(bad):
-            step, _, rate = pending[int(bad[0])]
-            self._refuse(f"the loss of step {step} is {values[int(bad[0])].item()}", rate)
+        for (step, _, rate), value in zip(pending, self._read([v for _, v, _ in pending]), strict=True):
+            if not math.isfinite(value):
+                self._refuse(f"the loss of step {step} is {value}", rate)
+
+    def _read(self, losses: list[torch.Tensor | float]) -> list[float]:
+        """Losses as numbers, their means over ranks, so that every rank finds what one has; one synchronisation."""
+        if self.world.size == 1 and self.device.type == "cpu":
+            return [float(v) for v in losses]
+        values = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.device) for v in losses])
+        return self.world.mean(values).tolist()
 
     def _check_weights(self) -> None:
         """Raise NonFinite where the update just made left weights or batch-norm statistics that are not finite.
