@@ -106,6 +106,8 @@ def check(cfg: Any, choices: Choices) -> None:
     data, findings, decoded = layouts.check(plain)
     log.info("%s in %s: %d training, %d validation samples, %d classes, %d missing",
              data.name, data.root, data.n_train, data.n_val, len(data.classes), len(data.missing))  # fmt: skip
+    if other := _unlike_the_recipe(plain["task"], data):
+        log.info("not the recipe's own data: %s; runs on them are other cells than the named ones", other)
     if data.left_out:
         log.info("not among them: %d training images in which nothing is annotated, left out as upstream does",
                  data.left_out)  # fmt: skip
@@ -116,6 +118,15 @@ def check(cfg: Any, choices: Choices) -> None:
         log.info("%d findings; files: %s", len(findings), looked)
         raise SystemExit(1)
     log.info("nothing wrong found; files: %s", looked)
+
+
+def _unlike_the_recipe(task: dict[str, Any], data: Any) -> str:
+    """Which counts are not those of the data that the recipe is for, in words; '' where all are."""
+    found = {"samples": data.n_train, "val_samples": data.n_val, "classes": len(data.classes)}
+    words = {"samples": "training samples", "val_samples": "validation samples", "classes": "classes"}
+    wanted = {key: task.get(key) for key in found}
+    odd = [key for key in found if wanted[key] is not None and wanted[key] != found[key]]
+    return ", ".join(f"{found[key]:,} {words[key]} ({wanted[key]:,})" for key in odd)
 
 
 def prepare(cfg: Any, choices: Choices) -> None:

@@ -130,6 +130,12 @@ def test_a_cell_that_another_process_finished_meanwhile_is_left_alone(tmp_path, 
     assert result == recipe.cell.result() and recipe.cell.state == "done"
 
 
+def test_a_check_says_where_the_data_are_not_the_recipes():
+    assert "not the recipe's own data" not in run("mode=check")  # writes the embedded data
+    said = run("mode=check", "task=imagenet", f"data.root={ROOT / 'data' / 'imagenet_tiny'}")
+    assert "2,000 training samples (1,281,167), 500 validation samples (50,000), 10 classes (1,000)" in said
+
+
 def test_a_named_sweep_takes_another_budget_in_any_unit(tmp_path):
     said = run("-m", "sweep=smoke", "budget.amount=5it", "mode=plan", f"out={tmp_path}")
     assert said.count("/5it/") == 8
