@@ -329,7 +329,7 @@ def test_a_probe_finds_how_fast_the_data_come(slow, workers):
     found = slow(f"data.workers={workers}")[1]
     truth = 50.0 * max(1, workers)
     # Batches that the loader had in hand made it 1.2 to 1.8 times as fast; a busy machine makes it slower.
-    assert 0.5 * truth < found["samples_per_second"] < 1.15 * truth
+    assert 0.5 * truth < found["samples_per_second"] < 1.25 * truth
     assert 0 < found["data_wait_seconds"] <= found["train_seconds"]
 
 
