@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import math
+import statistics
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -19,26 +22,45 @@ from tasks import base
 log = logging.getLogger("budgeted")
 
 
+ROUNDS = 5
+
+
 def lengths(workers: int) -> tuple[int, int]:
-    """Iterations to warm up for and to measure.
+    """Iterations to warm up for, and of each of the ROUNDS that are measured.
 
     A loader has two batches a worker in hand before the first step, which come at no wait: they are in the warm-up.
-    Batches of slow data come as many at a time as there are workers: whole rounds of them are measured.
+    Batches of slow data come as many at a time as there are workers: a round has whole lots of them.
     """
-    return max(2, 2 * workers + 1), max(12, 4 * workers)
+    lot = max(1, workers)
+    return max(2, 2 * workers + 1), lot * math.ceil(3 / lot)
 
 
 class Pace(Session):
-    """A session whose clock starts after the warm-up; evaluated only at its end, where `plan.evaluate` asks for it."""
+    """A session that notes when its rounds end; evaluated only at its end, where `plan.evaluate` asks for it."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.marks: list[tuple[float, float, int]] = []  # seconds, of them waiting for data, and samples so far
 
     def after_step(self, loss: torch.Tensor | float) -> None:
         warm, measured = lengths(self.cfg["data"]["workers"])
-        if self.device.type == "cuda" and self.step + 1 in (warm, warm + measured):
+        ends = self.step + 1 >= warm and (self.step + 1 - warm) % measured == 0
+        if ends and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # steps that are only queued are not made yet
         super().after_step(loss)
-        if self.step == warm:
-            self.elapsed = self.wait_seconds = 0.0
-            self.samples = 0
+        if ends:
+            self.marks.append((self.elapsed, self.wait_seconds, self.samples))
+
+    def pace(self) -> tuple[float, float]:
+        """(samples per second, share of the time that was waiting for data) of the median round.
+
+        A mean would take in the round that follows a stall of the machine, for which the data are all there.
+        """
+        rounds = [tuple(b - a for a, b in zip(*pair, strict=True)) for pair in itertools.pairwise(self.marks)]
+        return (
+            statistics.median(samples / seconds for seconds, _, samples in rounds),
+            statistics.median(waiting / seconds for seconds, waiting, _ in rounds),
+        )
 
     def evaluate(self) -> None:
         if self.finished and self.cfg["plan"]["evaluate"]:
@@ -57,6 +79,7 @@ def measure(recipe: Recipe) -> dict[str, Any]:
             size = session.cell.checkpoint.stat().st_size if world.is_main else 0
     finally:
         world.leave()
+    pace, waiting = session.pace()
     found = {
         "task": recipe.cell.task,
         "model": cfg["task"]["model"],
@@ -65,9 +88,8 @@ def measure(recipe: Recipe) -> dict[str, Any]:
         "data": {"n_train": recipe.data.n_train, "n_val": recipe.data.n_val},
         "device": device_name(device),
         "world_size": world.size,
-        "samples_per_second": session.samples / session.elapsed,
-        "data_wait_seconds": session.wait_seconds,
-        "train_seconds": session.elapsed,
+        "samples_per_second": pace,
+        "data_wait_share": waiting,
         "eval_seconds": session.eval_seconds,
         "evaluations": session.evaluations,
         "peak_memory_bytes": peak_memory(device),
@@ -82,9 +104,10 @@ def measure(recipe: Recipe) -> dict[str, Any]:
     return found
 
 
-def _train(recipe: Recipe, scratch: Path, world: World, device: Any) -> Session:
+def _train(recipe: Recipe, scratch: Path, world: World, device: Any) -> Pace:
     cfg = {**recipe.cfg, "checkpoint": {"every": "100%", "minutes": 1e9}}
-    total = sum(lengths(cfg["data"]["workers"]))
+    warm, measured = lengths(cfg["data"]["workers"])
+    total = warm + ROUNDS * measured
     cell = replace(recipe.cell, out=scratch)
     cell.directory.mkdir(parents=True)
     adapter = base.adapter_of(cfg)(cfg, recipe.data, device)
@@ -103,5 +126,5 @@ def _say(found: dict[str, Any], recipe: Recipe) -> None:
     log.info(
         "%s on %d x %s: %.1f samples/s, %.0f%% of the time waiting for data, peak memory %.2f GB; "
         "full run %.2f hours%s", found["task"], found["world_size"], found["device"], found["samples_per_second"],
-        100 * found["data_wait_seconds"] / found["train_seconds"], found["peak_memory_bytes"] / 1e9, full, looked,
+        100 * found["data_wait_share"], found["peak_memory_bytes"] / 1e9, full, looked,
     )  # fmt: skip

@@ -220,10 +220,11 @@ def test_the_end_of_workers_waits_for_none_that_hangs():
     processes = here._workers
     start = time.perf_counter()
     end_workers()
-    assert not any(process.is_alive() for process in processes) and time.perf_counter() - start < 1
+    assert not any(process.is_alive() for process in processes)
+    assert time.perf_counter() - start < 4  # torch waits 5 s for each
     del here  # nor does torch
     gc.collect()
-    assert time.perf_counter() - start < 1
+    assert time.perf_counter() - start < 4
     end_workers()  # a second time is no harm
     assert sum(len(batch) for batch in loader(Slow(), 0, Batches(Epoch(8, 2), 0, 4), workers=2)) == 8
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -206,7 +207,9 @@ def test_two_processes_on_one_cell(tmp_path):
     words = ("budget.amount=60it", f"out={tmp_path}")
     metrics = tmp_path / "imagenet_tiny" / "linear" / "60it" / "s0" / "metrics.jsonl"
     first = _started(words, metrics, 1)
+    first.send_signal(signal.SIGSTOP)  # or it might be done before the second is there
     said = run(*words)
+    first.send_signal(signal.SIGCONT)
     assert f"process {first.pid}" in said
     assert first.wait(timeout=120) == 0
     assert [x["step"] for x in lines(metrics) if "lr" in x] == list(range(60))
@@ -235,7 +238,7 @@ def test_a_clock_budget_killed_twice_ends_on_time(tmp_path):
     run(*words)
     result = json.loads((metrics.parent / "result.json").read_text())
     trace = [x for x in lines(metrics) if "lr" in x]
-    assert result["train_seconds"] == pytest.approx(6.0, abs=0.6)
+    assert 6.0 <= result["train_seconds"] < 7.5  # it ends with the step in which the time is up
     assert result["resumed"] == 2
     assert trace[-1]["lr"] < 0.01 < trace[0]["lr"]
     assert [x["step"] for x in trace] == list(range(len(trace)))

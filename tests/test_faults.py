@@ -529,7 +529,7 @@ def test_what_the_first_step_compiled_is_not_carried_by_a_clock(toy):
     again.before = lambda session: time.sleep(0.01)
     result = again.train()
     rows = [row for row in lines(again.recipe.cell.metrics) if "lr" in row]
-    assert len(rows) > 60 and rows[1]["progress"] < 0.1 and 1.2 <= result["train_seconds"] < 1.5
+    assert len(rows) > 40 and rows[1]["progress"] < 0.5 and 1.2 <= result["train_seconds"] < 2.4
 
 
 # -- locks and links ------------------------------------------------------------------------------------------
@@ -601,7 +601,7 @@ def test_data_workers_end_with_their_run_even_while_they_hang(engine, tmp_path, 
         time.sleep(0.05)
     process.join(10)
     assert process.exitcode == (130 if numbers[0] == signal.SIGINT else -signal.SIGKILL)
-    faults.last_one_gone(process.pid, limit=1)
+    faults.last_one_gone(process.pid, limit=5)
     assert "Traceback" not in log.read_text(), log.read_text()
     if numbers[0] == signal.SIGINT:
         assert json_of(directory(out) / "state.json")["state"] == "partial"
