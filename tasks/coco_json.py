@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -15,6 +16,7 @@ from typing import Any
 from tasks.folder import SPLITS, Data, names, near, refuse_outside, some, wrong
 
 log = logging.getLogger("budgeted")
+KEPT = {"images", "annotated", "classes", "masked", "degenerate", "without_area", "without_mask"}  # of a json
 
 
 def coco_files(root: Path, split: str) -> tuple[Path, Path]:
@@ -33,28 +35,44 @@ def summary(name: str, root: Path) -> Data:
         if not digest["annotated"]:
             where = coco_files(root, split)[0].relative_to(root)
             raise wrong(root, f"{where} has no object that is not a crowd", "annotate some: AP would be 0 without one")
-    bare = len(train["files"]) - train["annotated"]
-    return Data(name, root, train["annotated"], len(val["files"]), tuple(train["classes"]), left_out=bare)
+    bare = len(train["images"]) - train["annotated"]
+    return Data(name, root, train["annotated"], len(val["images"]), tuple(train["classes"]), left_out=bare)
 
 
 def _split(root: Path, split: str) -> dict[str, Any]:
-    """files, annotated and classes of a split. annotated counts the images with an object that is not a crowd: those
-    that are trained on."""
+    """The digest of a split whose images are all there."""
     path, folder = coco_files(root, split)
     where = path.relative_to(root)
     if not path.is_file():
         closest = near(path.name, path.parent) if path.parent.is_dir() else near("annotations", root)
         raise wrong(root, f"no {where}", f"unpack annotations_trainval2017.zip here; {closest}")
-    digest = _cached(path, lambda: _digest(root, path))
-    there = {str(sub): set(names(folder / sub)) for sub in {PurePosixPath(n).parent for n in digest["files"]}}
-    lost = [n for n in digest["files"] if PurePosixPath(n).name not in there[str(PurePosixPath(n).parent)]]
+    found = digest(root, path)
+    files = [PurePosixPath(name) for name, *_ in found["images"]]
+    there = {parent: set(names(folder / parent)) for parent in {file.parent for file in files}}
+    lost = [str(file) for file in files if file.name not in there[file.parent]]
     if lost:
-        what = f"{where} lists images that are not in {folder.name}/: {some(lost)} of {len(digest['files'])}"
+        what = f"{where} lists images that are not in {folder.name}/: {some(lost)} of {len(files)}"
         raise wrong(root, what, f"unpack {folder.name}.zip here again")
-    return digest
+    return found
 
 
-def tables_of(root: Path, path: Path) -> dict[str, Any]:
+def digest(root: Path, path: Path) -> dict[str, Any]:
+    """What listing and checking need of a COCO json, which is parsed once. Raises UserError for a fault in it.
+
+    images: [file_name, width, height] each. annotated: how many images have an object that is not a crowd, those that
+    are trained on. classes: names in the order of their ids. masked: has any object a segmentation? degenerate,
+    without_area, without_mask: which objects are, counted in words, '' for none.
+    """
+    stat = path.stat()
+    return _kept(root, path, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=2)  # both splits of a set
+def _kept(root: Path, path: Path, size: int, mtime: int) -> dict[str, Any]:
+    return _cached(path, lambda: _digest(root, path))
+
+
+def _tables(root: Path, path: Path) -> dict[str, Any]:
     """A COCO json with its faults ruled out. Raises UserError."""
     where = path.relative_to(root)
     try:
@@ -73,12 +91,27 @@ def tables_of(root: Path, path: Path) -> dict[str, Any]:
 
 
 def _digest(root: Path, path: Path) -> dict[str, Any]:
-    tables = tables_of(root, path)
+    tables = _tables(root, path)
+    rows = tables["annotations"]
+
+    def which(test: Callable[[Mapping[str, Any]], bool]) -> str:
+        ids = [str(row["id"]) for row in rows if test(row)]
+        return some(ids) if ids else ""
+
     return {
-        "files": [image["file_name"] for image in tables["images"]],
-        "annotated": len({a["image_id"] for a in tables["annotations"] if not a.get("iscrowd") and _has_shape(a)}),
+        "images": [[image["file_name"], image["width"], image["height"]] for image in tables["images"]],
+        "annotated": len({row["image_id"] for row in rows if not row.get("iscrowd") and _has_shape(row)}),
         "classes": [c["name"] for c in sorted(tables["categories"], key=lambda c: c["id"])],
+        "masked": any(row.get("segmentation") for row in rows),
+        "degenerate": which(_degenerate),
+        "without_area": which(lambda row: min(row["bbox"][2:]) <= 0),
+        "without_mask": which(lambda row: not row.get("segmentation")),
     }
+
+
+def _degenerate(row: Mapping[str, Any]) -> bool:
+    shape = row.get("segmentation")
+    return isinstance(shape, list) and any(len(polygon) < 6 or len(polygon) % 2 for polygon in shape)
 
 
 def _has_shape(row: Mapping[str, Any]) -> bool:
@@ -143,10 +176,12 @@ def _cached(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]
     stat = path.stat()
     if stat.st_size < 5_000_000:
         return compute()
-    key = hashlib.sha256(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:3".encode()).hexdigest()[:20]
+    key = hashlib.sha256(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:4".encode()).hexdigest()[:20]
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "budgeted" / f"coco-{key}.json"
     with contextlib.suppress(OSError, ValueError):  # absent, or not ours to read
-        return json.loads(home.read_text())
+        kept = json.loads(home.read_text())
+        if isinstance(kept, dict) and kept.keys() == KEPT:
+            return kept
     result = compute()
     try:
         home.parent.mkdir(parents=True, exist_ok=True)

@@ -15,9 +15,8 @@ import numpy as np
 from PIL import Image
 
 from budgeted.errors import UserError
-from tasks import layouts
-from tasks.coco_json import tables_of
-from tasks.folder import SPLITS, Data, some
+from tasks import coco_json, layouts
+from tasks.folder import SPLITS, Data
 
 log = logging.getLogger("budgeted")
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)  # what Pillow raises
@@ -148,32 +147,24 @@ def _objects(data: Data, take: Take, _: int) -> Iterator[tuple[str, str]]:
     masked = False
     for split in SPLITS:
         path, folder = layouts.coco_files(data.root, split)
-        tables = tables_of(data.root, path)
-        for image in take(tables["images"]):
-            file = folder / image["file_name"]
-            fault = picture_fault(file) or _other_size(file, image)
+        found = coco_json.digest(data.root, path)
+        for name, *listed in take(found["images"]):
+            fault = picture_fault(folder / name) or _other_size(folder / name, tuple(listed))
             if fault:
-                yield _within(data, file), f"{fault}: replace the image or mend its row in {path.name}"
-        for what, test in (
-            ("a polygon of less than 3 points", _degenerate),
-            ("a box without area", lambda row: min(row["bbox"][2:]) <= 0),
+                yield _within(data, folder / name), f"{fault}: replace the image or mend its row in {path.name}"
+        for what, ids in (
+            ("a polygon of less than 3 points", found["degenerate"]),
+            ("a box without area", found["without_area"]),
         ):
-            ids = [str(row["id"]) for row in tables["annotations"] if test(row)]
             if ids:
-                yield _within(data, path), f"annotations with {what}: {some(ids)}: they teach nothing; remove them"
-        bare = [str(row["id"]) for row in tables["annotations"] if not row.get("segmentation")]
-        masked = masked or len(bare) < len(tables["annotations"])
-        if masked and bare:  # boxes alone, in both files, are a set of their own
-            what = f"annotations without a segmentation, where others have one: {some(bare)}"
+                yield _within(data, path), f"annotations with {what}: {ids}: they teach nothing; remove them"
+        masked = masked or found["masked"]
+        if masked and (bare := found["without_mask"]):  # boxes alone, in both files, are a set of their own
+            what = f"annotations without a segmentation, where others have one: {bare}"
             yield _within(data, path), f"{what}: a model of masks fails on them; add it or train on boxes alone"
 
 
-def _other_size(file: Path, row: Mapping[str, Any]) -> str | None:
+def _other_size(file: Path, listed: tuple[int, int]) -> str | None:
     with Image.open(file) as image:
         size = image.size
-    return None if size == (row["width"], row["height"]) else f"is {size}, listed as {(row['width'], row['height'])}"
-
-
-def _degenerate(row: Mapping[str, Any]) -> bool:
-    shape = row.get("segmentation")
-    return isinstance(shape, list) and any(len(polygon) < 6 or len(polygon) % 2 for polygon in shape)
+    return None if size == listed else f"is {size}, listed as {listed}"

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from budgeted.errors import UserError
-from tasks import layouts, tiny
+from tasks import coco_json, layouts, tiny
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 real = pytest.mark.skipif(not SHARED.is_dir(), reason="the real data beside the checkout is not here")
@@ -477,11 +477,10 @@ def test_coco_check_finds_other_sizes_and_degenerate_objects(tmp_path):
 
 
 def test_coco_summary_of_a_large_json_is_kept_until_the_file_changes(tmp_path, monkeypatch):
-    from tasks import coco_json
-
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     root = coco(tmp_path, info="x" * 5_000_000)
     first = look(root, "detection")
+    coco_json._kept.cache_clear()
     monkeypatch.setattr(
         coco_json.json,
         "loads",
@@ -496,6 +495,24 @@ def test_coco_summary_of_a_large_json_is_kept_until_the_file_changes(tmp_path, m
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     coco(tmp_path, info="x" * 5_000_001, annotations=row())
     assert look(root, "detection").n_train == 1
+
+
+def test_coco_check_parses_a_json_once(tmp_path, monkeypatch):
+    parsed, loads = [], json.loads
+    monkeypatch.setattr(coco_json.json, "loads", lambda text: parsed.append(len(text)) or loads(text))
+    sizes = [(coco(tmp_path) / path).stat().st_size for path in (TRAIN, VAL)]
+    assert look(tmp_path, "detection", check=True)[1] == []
+    assert parsed == sizes
+
+
+@pytest.mark.parametrize("kept", ["[1]", '{"files": []}', "{"])
+def test_coco_summary_that_something_else_wrote_is_made_anew(tmp_path, monkeypatch, kept):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    first = look(coco(tmp_path, info="x" * 5_000_000), "detection")
+    (summary,) = (tmp_path / "cache/budgeted").iterdir()
+    summary.write_text(kept)
+    coco_json._kept.cache_clear()
+    assert look(tmp_path, "detection") == first and json.loads(summary.read_text())["classes"] == ["cat", "dog"]
 
 
 # Cityscapes.
