@@ -21,7 +21,8 @@ from tasks.folder import SPLITS, Data
 log = logging.getLogger("budgeted")
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)  # what Pillow raises
 LOCAL = {"protocol_whitelist": "file"}  # a playlist that calls itself .mp4 reaches no network
-
+AGAIN = "remove it and run mode=prepare"
+ORIENTATION, QUARTER_TURNS = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and its values that swap width and height
 
 Take = Callable[[Sequence[Any]], Iterator[Any]]  # some of the files of a split
 
@@ -81,19 +82,31 @@ def clip_fault(path: str | Path, least: int = 1) -> str | None:
     return f"{count} frames, {least} are needed" if count < least else None
 
 
+def shown_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height as detectron2 and mmseg read a picture: turned as its EXIF orientation says."""
+    try:
+        turned = image.getexif().get(ORIENTATION) in QUARTER_TURNS
+    except Exception:  # damaged EXIF fails in many ways, and the upstreams take it for none
+        turned = False
+    return image.size[::-1] if turned else image.size
+
+
 def label_fault(picture: str | Path, label: str | Path) -> str | None:
-    """Why a labelTrainIds image does not go with its picture, or None."""
+    """Why a labelTrainIds image does not go with its picture, and the fix, or None. mmseg heeds the picture's EXIF
+    orientation and not the label's."""
     try:
         with Image.open(picture) as image, Image.open(label) as ids:
-            if image.size != ids.size:
-                return f"is {ids.size[0]} x {ids.size[1]}, its picture {image.size[0]} x {image.size[1]}"
+            if (shown := shown_size(image)) != ids.size:
+                turned = _turned(image, shown)
+                fix = "store the picture without the tag" if turned else AGAIN
+                return f"is {ids.size[0]} x {ids.size[1]}, its picture {shown[0]} x {shown[1]}{turned}: {fix}"
             pixels = np.asarray(ids)
     except UNREADABLE as error:
-        return f"cannot be decoded ({error})"
+        return f"cannot be decoded ({error}): {AGAIN}"
     if pixels.ndim != 2:
-        return "has colours instead of one id a pixel"
+        return f"has colours instead of one id a pixel: {AGAIN}"
     odd = [int(v) for v in np.unique(pixels) if v >= len(layouts.STREET_CLASSES) and v != 255]
-    return f"has unknown ids {odd}, known are 0 to 18 and 255" if odd else None
+    return f"has unknown ids {odd}, known are 0 to 18 and 255: {AGAIN}" if odd else None
 
 
 def _within(data: Data, path: str | Path) -> str:
@@ -128,7 +141,7 @@ def _labels(data: Data, take: Take, _: int) -> Iterator[tuple[str, str]]:
             if fault:
                 yield _within(data, picture), f"{fault}: unpack leftImg8bit_trainvaltest.zip again"
             elif fault := label_fault(picture, label):
-                yield _within(data, label), f"{fault}: remove it and run mode=prepare"
+                yield _within(data, label), fault
 
 
 def _clips(data: Data, take: Take, least: int) -> Iterator[tuple[str, str]]:
@@ -166,5 +179,9 @@ def _objects(data: Data, take: Take, _: int) -> Iterator[tuple[str, str]]:
 
 def _other_size(file: Path, listed: tuple[int, int]) -> str | None:
     with Image.open(file) as image:
-        size = image.size
-    return None if size == listed else f"is {size}, listed as {listed}"
+        size = shown_size(image)
+        return None if size == listed else f"is {size}{_turned(image, size)}, listed as {listed}"
+
+
+def _turned(image: Image.Image, shown: tuple[int, int]) -> str:
+    return " as its EXIF orientation turns it" if shown != image.size else ""

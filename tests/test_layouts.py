@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 import struct
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 
 from budgeted.errors import UserError
-from tasks import coco_json, layouts, tiny
+from tasks import coco_json, compat, decode, layouts, tiny
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 real = pytest.mark.skipif(not SHARED.is_dir(), reason="the real data beside the checkout is not here")
@@ -497,6 +498,36 @@ def test_coco_summary_of_a_large_json_is_kept_until_the_file_changes(tmp_path, m
     assert look(root, "detection").n_train == 1
 
 
+def turned(path: Path, size: tuple[int, int], orientation: int = 6) -> Path:
+    """A picture of `size` in the file whose EXIF orientation turns it."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return picture(path, size, exif=exif)
+
+
+@pytest.mark.parametrize(("size", "orientation", "fits"), [((6, 8), 6, True), ((8, 6), 6, False), ((8, 6), 3, True)])
+def test_coco_sizes_are_those_that_detectron2_reads(tmp_path, size, orientation, fits):
+    pytest.importorskip("detectron2")
+    compat.detectron2()
+    from detectron2.data.detection_utils import SizeMismatchError, check_image_size, read_image
+
+    path = turned(coco(tmp_path) / "train2017/2.jpg", size, orientation)
+    line = (
+        "train2017/2.jpg: is (6, 8) as its EXIF orientation turns it, listed as (8, 6): "
+        "replace the image or mend its row in instances_train2017.json"
+    )
+    assert look(tmp_path, "detection", check=True)[1] == ([] if fits else [line])
+    with nullcontext() if fits else pytest.raises(SizeMismatchError):
+        check_image_size({"width": 8, "height": 6}, read_image(str(path), "BGR"))
+
+
+def test_a_picture_of_damaged_exif_has_the_size_of_its_file(tmp_path):
+    path = tmp_path / "x.jpg"
+    picture(path, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x05" + b"\xff" * 40)
+    with Image.open(path) as image:
+        assert decode.shown_size(image) == (8, 6)
+
+
 def test_coco_check_parses_a_json_once(tmp_path, monkeypatch):
     parsed, loads = [], json.loads
     monkeypatch.setattr(coco_json.json, "loads", lambda text: parsed.append(len(text)) or loads(text))
@@ -565,6 +596,18 @@ def test_streets_without_images(tmp_path):
 def test_check_finds_a_wrong_label(tmp_path, pixels, what):
     Image.fromarray(pixels).save(streets(tmp_path) / LABEL)
     assert look(tmp_path, "segmentation", check=True)[1] == [f"{LABEL}: {what}: remove it and run mode=prepare"]
+
+
+@pytest.mark.parametrize(("size", "orientation", "fits"), [((6, 8), 6, True), ((8, 6), 6, False), ((8, 6), 3, True)])
+def test_streets_sizes_are_those_that_mmseg_reads(tmp_path, size, orientation, fits):
+    mmcv = pytest.importorskip("mmcv")
+    path = turned(streets(tmp_path) / LABEL.replace("gtFine", "leftImg8bit", 1), size, orientation)
+    path = path.rename(str(path).replace("_gtFine_labelTrainIds", "_leftImg8bit"))
+    line = f"{LABEL}: is 8 x 6, its picture 6 x 8 as its EXIF orientation turns it: store the picture without the tag"
+    assert look(tmp_path, "segmentation", check=True)[1] == ([] if fits else [line])
+    read = mmcv.imfrombytes(path.read_bytes(), flag="color", backend="cv2")
+    label = mmcv.imfrombytes((tmp_path / LABEL).read_bytes(), flag="unchanged", backend="pillow")
+    assert (read.shape[:2] == label.shape) == fits
 
 
 # Kinetics.
