@@ -145,10 +145,16 @@ def _labels(data: Data, take: Take, _: int) -> Iterator[tuple[str, str]]:
 
 
 def _clips(data: Data, take: Take, least: int) -> Iterator[tuple[str, str]]:
+    before = layouts.lost_before(data.root)
     for clip in data.missing:
-        there = (data.root / clip).is_file()
-        fault = layouts.mp4_fault(data.root / clip) if there else "absent"
-        yield clip, f"{fault}: training leaves it out; get it again or take it off the list"
+        fix = "get it again or take it off the list"
+        if clip in before:
+            why, fix = f"{before[clip]}, says missing.txt", "get it and run mode=prepare again"
+        elif (data.root / clip).exists():
+            why = layouts.mp4_fault(data.root / clip) or "a hidden file"
+        else:
+            why = "absent"
+        yield clip, f"{why}: training leaves it out; {fix}"
     for split in SPLITS:
         for path, _ in take(layouts.clips(data.root, split)[1]):
             fault = clip_fault(path, least)

@@ -15,7 +15,8 @@ SPLITS = ("train", "val")
 
 @dataclass(frozen=True)
 class Data:
-    """A training set and its validation set. missing: paths that are listed but absent or unreadable.
+    """A training set and its validation set. missing: paths that are listed but absent or unreadable, those
+    among them that mode=prepare took off the list.
 
     left_out: how many training images the upstream does not train on, as nothing is annotated in them.
     """

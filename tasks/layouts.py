@@ -239,8 +239,19 @@ def listed_clips(root: Path, split: str, manifest: bool = True) -> tuple[tuple[s
     raise wrong(root, f"no {split}_list.csv and no {split}.csv", fix)
 
 
+def lost_before(root: Path) -> dict[str, str]:
+    """Clip -> why mode=prepare left it out of the manifests that it wrote: its missing.txt."""
+    path = root / "missing.txt"
+    if not path.is_file() or not (root / "train_list.csv").is_file():
+        return {}
+    pairs = (line.strip().partition(": ") for line in _lines(root, path))
+    return {clip: why or "absent or unreadable" for clip, _, why in pairs if clip}
+
+
 def mp4_fault(path: Path) -> str | None:
     """What is wrong with an mp4 as far as its boxes say: cut short, no index, no video. None where nothing is."""
+    if not path.is_file():  # a link to nothing, a folder
+        return "not a file"
     if path.suffix.lower() not in (".mp4", ".m4v", ".mov"):
         return None
     index, position, size = b"", 0, path.stat().st_size
@@ -338,7 +349,9 @@ def _kinetics(name: str, root: Path) -> Data:
         if not found:
             what = f"none of the {len(gone)} clips that {split} lists can be read, first {gone[0]}"
             raise wrong(root, what, "data.root is the folder that holds train/ and val/")
-    return Data(name, root, len(train), len(val), classes, (*lost, *val_lost))
+    listed = {path.removeprefix(f"{root}/") for path, _ in (*train, *val)}.union(lost, val_lost)
+    before = (clip for clip in lost_before(root) if clip not in listed)
+    return Data(name, root, len(train), len(val), classes, (*lost, *val_lost, *before))
 
 
 LAYOUTS: dict[str, Callable[[str, Path], Data]] = {

@@ -256,10 +256,13 @@ def _short_clips(root: Path, options: Mapping[str, Any], log: logging.Logger) ->
             faults[clip] = fault
         return "missing" if fault else f"cut to {side}" if side else "whole"
 
-    done = _each(cut, [clip for _, listed in lists.values() for clip, _ in listed], options["workers"], log)
+    listed = [clip for _, rows in lists.values() for clip, _ in rows]
+    done = _each(cut, listed, options["workers"], log)
+    earlier = layouts.lost_before(root)  # a copy's copy lacks what the first one lacked
+    faults |= {clip: earlier[clip] for clip in earlier.keys() - set(listed)}
     to.mkdir(exist_ok=True)
-    for split, (own, listed) in lists.items():
-        kept = [f"{clip} {classes.index(own[label])}\n" for clip, label in listed if clip not in faults]
+    for split, (own, rows) in lists.items():
+        kept = [f"{clip} {classes.index(own[label])}\n" for clip, label in rows if clip not in faults]
         _write(to / f"{split}_list.csv", kept)
     _write(to / "classes.txt", [f"{name}\n" for name in classes])
     _write(to / "missing.txt", [f"{clip}: {fault}\n" for clip, fault in sorted(faults.items())])

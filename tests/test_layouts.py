@@ -689,6 +689,24 @@ def test_lost_and_broken_clips_are_counted_and_left_out(tmp_path):
     )
 
 
+@pytest.mark.parametrize(("make", "fault"), [("link", "absent"), ("folder", "not a file"), ("hidden", "a hidden file")])
+def test_what_is_no_clip_is_missing(tmp_path, make, fault):
+    path = videos(tmp_path) / "val/walk/bb_000000_000010.mp4"
+    path.unlink()
+    if make == "link":
+        path.symlink_to(tmp_path / "nothing.mp4")
+    elif make == "folder":
+        path.mkdir()
+    else:
+        path = clip(path.parent / ".x_000000_000010.mp4")
+        (tmp_path / "val.csv").write_text(
+            OFFICIAL + "sit down,aa,3,13,val\nwalk,.x,0,10,val\n",
+        )
+    data, (finding,) = look(tmp_path, "video", check=True)
+    name = str(path.relative_to(tmp_path))
+    assert (data.n_val, data.missing) == (1, (name,)) and finding.startswith(f"{name}: {fault}: training leaves it out")
+
+
 def test_clip_without_video_is_missing(tmp_path):
     sound(videos(tmp_path) / "val/walk/bb_000000_000010.mp4")
     assert look(tmp_path, "video").missing == ("val/walk/bb_000000_000010.mp4",)

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -346,13 +347,39 @@ def test_clips_are_cut_beside_and_the_missing_listed(kinetics):
     assert first == "train/walk/v1_000001_000011.mp4: absent"
     assert second.startswith("train/walk/v2_000002_000012.mp4: cannot be decoded (")
     assert sizes(to / "val/walk/v1_000001_000011.mp4") == [(26, 16)] * 10
+    lost = ("train/walk/v1_000001_000011.mp4", "train/walk/v2_000002_000012.mp4")
     data = look(to, "video")
-    assert (data.n_train, data.n_val, data.classes, data.missing) == (1, 3, ("sit down", "walk"), ())
+    assert (data.n_train, data.n_val, data.classes, data.missing) == (1, 3, ("sit down", "walk"), lost)
     after = files(to)
     clips = {k: v for k, v in after.items() if k.endswith(".mp4")}
     assert "4 there already" in run(kinetics, "video", short_side=16)[0]
     assert clips == {k: v for k, v in files(to).items() if k.endswith(".mp4")}
     assert sorted(files(to)) == sorted(after)
+
+
+def test_what_prepare_left_out_is_counted_and_said(kinetics):
+    to, again = kinetics.parent / "k400-16", "training leaves it out; get it and run mode=prepare again"
+    run(kinetics, "video", short_side=16)
+    cfg = {"task": {"name": "mine", "adapter": "video", "frames": 8}, "data": {"root": str(to)}}
+    data, (first, second), _ = layouts.check(cfg)
+    assert len(data.missing) == 2
+    assert first == f"train/walk/v1_000001_000011.mp4: absent, says missing.txt: {again}"
+    assert second.startswith("train/walk/v2_000002_000012.mp4: cannot be decoded (") and second.endswith(again)
+    with (to / "train_list.csv").open("a") as file:  # had after all, and listed by hand
+        file.write("train/walk/v1_000001_000011.mp4 1\n")
+    (to / "train/walk").mkdir()
+    shutil.copy(to / "val/walk/v1_000001_000011.mp4", to / "train/walk")
+    data, findings, _ = layouts.check(cfg)
+    assert (data.n_train, data.missing, findings) == (2, ("train/walk/v2_000002_000012.mp4",), [second])
+    (to / "train_list.csv").rename(to / "train.txt")  # missing.txt goes with the manifests
+    assert layouts.lost_before(to) == {}
+
+
+def test_a_copy_of_a_copy_keeps_what_is_missing(kinetics):
+    run(kinetics, "video", short_side=20)
+    run(kinetics.parent / "k400-20", "video", short_side=16)
+    first, second = (kinetics.parent / f"k400-20{end}/missing.txt" for end in ("", "-16"))
+    assert second.read_text() == first.read_text() and second.read_text().count("\n") == 2
 
 
 def test_small_clips_are_linked(kinetics):
