@@ -46,8 +46,15 @@ def findings(cfg: Mapping[str, Any], data: Data, sample: int, seconds: float) ->
         "detection": _objects,
         "video": _clips,
     }
-    adapter = cfg["task"]["adapter"]
-    found = list(look[adapter](data, take, int(cfg["task"].get("frames", 1))))
+    adapter, broken = cfg["task"]["adapter"], list[str]()
+    if adapter == "segmentation":
+        data = replace(data, passed_over=tuple(layouts.no_streets(data.root)))
+    elif adapter == "classification" and not layouts.is_cifar10(data.root) and not layouts.is_packed(data.root):
+        passed, broken = layouts.no_images(data.root)
+        data = replace(data, passed_over=tuple(passed))
+    found = [(path, "has an image's name and is no file: remove it") for path in broken]
+    least = int(cfg["task"].get("frames", 1))
+    found += [finding for finding in look[adapter](data, take, least) if finding[0] not in broken]
     if adapter == "video":
         data = replace(data, missing=tuple(dict.fromkeys((*data.missing, *(path for path, _ in found)))))
     return data, [f"{path}: {what}" for path, what in found], next(decoded)

@@ -18,7 +18,8 @@ class Data:
     """A training set and its validation set. missing: paths that are listed but absent or unreadable, those
     among them that mode=prepare took off the list.
 
-    left_out: how many training images the upstream does not train on, as nothing is annotated in them.
+    left_out: how many training images the upstream does not train on, as nothing is annotated in them. passed_over:
+    paths among the samples that are none, known after layouts.check.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Data:
     classes: tuple[str, ...]
     missing: tuple[str, ...] = ()
     left_out: int = 0
+    passed_over: tuple[str, ...] = ()
 
 
 def wrong(root: Path, what: str, fix: str) -> UserError:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import csv
 import difflib
 import logging
+import os
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,8 @@ def inspect(cfg: Mapping[str, Any]) -> Data:
         else:
             data = LAYOUTS[cfg["task"]["adapter"]](name, _existing(root, name))
     except OSError as error:
-        raise wrong(root, f"{error.filename} cannot be read ({error.strerror})", "mend its permissions") from None
+        fix = "mend its permissions" if isinstance(error, PermissionError) else "mend or remove it"
+        raise wrong(root, f"{error.filename} cannot be read ({error.strerror})", fix) from None
     keep = cfg["data"].get("subset")
     if keep is not None and keep > data.n_train:
         raise UserError(f"data.subset={keep}: {root} has {data.n_train} training samples")
@@ -106,7 +108,7 @@ def images(root: Path, split: str) -> tuple[tuple[str, ...], list[tuple[str, int
     """Classes, and (path, class index) of every image of a split of train/<class>/x.jpg and val/<class>/x.jpg.
 
     A root that holds class folders alone is split: each tenth image of a class, in a fixed shuffle, is validation."""
-    whole = not (root / "train").is_dir() and not (root / "val").is_dir()
+    whole = _unsplit(root)
     base = root if whole else root / split
     classes = tuple(name for name in names(base) if (base / name).is_dir())
     found = []
@@ -118,6 +120,34 @@ def images(root: Path, split: str) -> tuple[tuple[str, ...], list[tuple[str, int
             files = sorted(files[:held] if split == "val" else files[held:])
         found += [(f"{base}/{name}/{f}", index) for f in files]
     return classes, found
+
+
+def _unsplit(root: Path) -> bool:
+    return not (root / "train").is_dir() and not (root / "val").is_dir()
+
+
+def no_images(root: Path) -> tuple[list[str], list[str]]:
+    """What lies among class folders and their images, in paths of root: what `images` passes over, and folders and
+    links to nothing that have an image's name. A flat val/ may stay beside its class folders, and any file beside
+    class folders that are not split."""
+    passed, broken, whole = [], [], _unsplit(root)
+    for base in [root] if whole else [root / split for split in SPLITS]:
+        classes = {name for name in names(base) if (base / name).is_dir()}
+        for folder in (base, *(base / name for name in classes)):
+            for entry in os.scandir(folder):
+                named = entry.name.lower().endswith(IMAGES)
+                allowed = (whole and not named) or (base.name == "val" and named)
+                if entry.name.startswith(".") or (folder == base and (allowed or entry.name in classes)):
+                    continue
+                if not named or folder == base:
+                    passed.append(entry.path)
+                elif not (entry.is_file(follow_symlinks=False) or os.path.isfile(entry.path)):  # no second look at most
+                    broken.append(entry.path)
+    return _in_root(root, passed), _in_root(root, broken)
+
+
+def _in_root(root: Path, paths: list[str]) -> list[str]:
+    return sorted(path.removeprefix(f"{root}/") for path in paths)
 
 
 def _class_folders(name: str, root: Path) -> Data:
@@ -177,14 +207,33 @@ def _refuse_unplaced(root: Path, val: list[tuple[str, int]]) -> None:
 
 
 def streets(root: Path, split: str) -> list[tuple[str, str]]:
-    """(image, labelTrainIds) paths of a split, in the order of the image's name; the label may be absent."""
-    base, pairs = root / "leftImg8bit" / split, []
-    for city in names(base):
-        for file in names(base / city):
-            if file.endswith("_leftImg8bit.png"):
-                label = file.replace("_leftImg8bit.png", "_gtFine_labelTrainIds.png")
-                pairs.append((f"{base}/{city}/{file}", f"{root}/gtFine/{split}/{city}/{label}"))
-    return pairs
+    """(image, labelTrainIds) paths of a split, in the order of the image's name; the label may be absent.
+
+    Those that mmseg finds: at any depth, and no link to nothing. Raises UserError for a link that leads upwards."""
+    base, end = f"{root}/leftImg8bit/{split}", "_leftImg8bit.png"
+    found = (path for path in _below(root, base) if path.endswith(end) and os.path.isfile(path))
+    labels = f"{root}/gtFine/{split}"
+    return [(path, f"{labels}{path[len(base) : -len(end)]}_gtFine_labelTrainIds.png") for path in sorted(found)]
+
+
+def no_streets(root: Path) -> list[str]:
+    """What lies among the street scenes and is none, in paths of root: mmseg passes it over."""
+    below = (f"{root}/leftImg8bit/{split}" for split in SPLITS)
+    used = {path for split in SPLITS for path, _ in streets(root, split)}
+    return _in_root(root, [path for folder in below for path in _below(root, folder) if path not in used])
+
+
+def _below(root: Path, folder: str, above: tuple[str, ...] = ()) -> Iterator[str]:
+    """Paths of all that is neither a folder nor a hidden file, at any depth."""
+    here = os.path.realpath(folder)
+    if here in above:  # mmseg would follow it for ever
+        what = f"{folder.removeprefix(f'{root}/')} is a link to a folder that it lies in"
+        raise wrong(root, what, "remove it")
+    for entry in os.scandir(folder) if os.path.isdir(folder) else ():
+        if entry.is_dir():
+            yield from _below(root, entry.path, (*above, here))
+        elif not entry.name.startswith("."):
+            yield entry.path
 
 
 def _cityscapes(name: str, root: Path) -> Data:

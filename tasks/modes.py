@@ -100,6 +100,7 @@ def check(cfg: Any, choices: Choices) -> None:
     from omegaconf import OmegaConf
 
     from tasks import layouts, tiny
+    from tasks.folder import some
 
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     tiny.ensure(plain)
@@ -111,6 +112,8 @@ def check(cfg: Any, choices: Choices) -> None:
     if data.left_out:
         log.info("not among them: %d training images in which nothing is annotated, left out as upstream does",
                  data.left_out)  # fmt: skip
+    if data.passed_over:
+        log.info("training passes over what is no sample: %s", some(data.passed_over))
     for line in findings:
         log.warning("%s", line)
     looked = f"all listed, {decoded} of them decoded" if decoded else "all listed, none to decode"

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 from PIL import Image
 
 from budgeted.errors import UserError
-from tasks import coco_json, compat, decode, layouts, tiny
+from tasks import coco_json, compat, decode, layouts, modes, tiny
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 real = pytest.mark.skipif(not SHARED.is_dir(), reason="the real data beside the checkout is not here")
@@ -223,6 +224,37 @@ def test_check_finds_what_is_no_image(tmp_path):
     assert look(tmp_path, "classification", check=True)[1] == [
         "train/cat/0.jpg: cannot identify image file the file: replace or remove it"
     ]
+
+
+def test_what_is_no_image_is_counted_and_what_fails_is_found(tmp_path, said):
+    folders(tmp_path)
+    for path in ("train/cat/notes.txt", "train/dog/deeper/0.jpg", "train/n01.tar", "val/readme", "train/cat/.hidden"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text("x")
+    picture(tmp_path / "train/loose.jpg")
+    picture(tmp_path / "val/0.jpg")  # ImageNet's flat val/, placed
+    (tmp_path / "train/cat/folder.jpg").mkdir()
+    (tmp_path / "val/dog/link.jpg").symlink_to(tmp_path / "nothing.jpg")
+    (tmp_path / "val/dog/loop.jpg").symlink_to(tmp_path / "val/dog/loop.jpg")
+    (tmp_path / "val/cat/link.jpg").symlink_to(tmp_path / "val/cat/0.jpg")
+    data, findings = look(tmp_path, "classification", check=True)
+    passed = ("train/cat/notes.txt", "train/dog/deeper", "train/loose.jpg", "train/n01.tar", "val/readme")
+    assert data.passed_over == passed
+    broken = ("train/cat/folder.jpg", "val/dog/link.jpg", "val/dog/loop.jpg")
+    assert findings == [f"{path}: has an image's name and is no file: remove it" for path in broken]
+    cfg = {"task": {"name": "mine", "adapter": "classification"}, "data": {"root": str(tmp_path)}}
+    with pytest.raises(SystemExit):
+        modes.check(OmegaConf.create(cfg), {})
+    assert "training passes over what is no sample: 5 (train/cat/notes.txt, ...)" in said
+
+
+def test_files_beside_class_folders_that_are_not_split_may_lie_there(tmp_path):
+    for name in ("a", "b", "b/c"):
+        for k in range(10):
+            picture(tmp_path / name / f"{k}.jpg")
+    (tmp_path / "LICENSE").touch()
+    picture(tmp_path / "cover.jpg")
+    assert look(tmp_path, "classification", check=True)[0].passed_over == ("b/c", "cover.jpg")
 
 
 # CIFAR-10.
@@ -563,6 +595,39 @@ def streets(root: Path) -> Path:
 def test_streets(tmp_path):
     data, findings = look(streets(tmp_path), "segmentation", check=True)
     assert (data.n_train, data.n_val, len(data.classes), findings) == (2, 2, 19, [])
+
+
+def test_streets_are_those_that_mmseg_finds(tmp_path):
+    fileio = pytest.importorskip("mmengine.fileio")
+    folder, end = streets(tmp_path) / "leftImg8bit/train", "_leftImg8bit.png"
+    for path in (f"ulm/part/b{end}", f"a{end}", f".old/c{end}", "ulm/notes.txt", f"ulm/._d{end}", "ulm/e.png"):
+        picture(folder / f"{path}.png").rename(folder / path)
+    (folder / f"ulm/f{end}").symlink_to(tmp_path / "nothing.png")
+    (folder / "zoo").symlink_to(folder / "ulm")
+    found = [path.removeprefix(f"{folder}/") for path, _ in layouts.streets(tmp_path, "train")]
+    assert found == sorted(fileio.list_dir_or_file(str(folder), list_dir=False, suffix=end, recursive=True))
+    assert len(found) == 8 and found[:2] == [f".old/c{end}", f"a{end}"]
+    assert fault(tmp_path, "segmentation").startswith("labels absent: 6 (gtFine/train/.old/c_gtFine_labelTrainIds.png")
+    assert layouts.no_streets(tmp_path)[:2] == ["leftImg8bit/train/ulm/e.png", f"leftImg8bit/train/ulm/f{end}"]
+
+
+def test_streets_pass_over_what_is_none(tmp_path):
+    (streets(tmp_path) / "leftImg8bit/val/ulm/notes.txt").touch()
+    data, findings = look(tmp_path, "segmentation", check=True)
+    assert (data.passed_over, findings) == (("leftImg8bit/val/ulm/notes.txt",), [])
+
+
+def test_a_link_upwards_among_the_streets_is_refused(tmp_path):
+    (streets(tmp_path) / "leftImg8bit/train/ulm/again").symlink_to(tmp_path / "leftImg8bit/train")
+    assert fault(tmp_path, "segmentation") == (
+        "leftImg8bit/train/ulm/again is a link to a folder that it lies in: remove it"
+    )
+    (tmp_path / "leftImg8bit/train/ulm/again").unlink()
+    loop = tmp_path / "leftImg8bit/val/ulm/loop"
+    loop.symlink_to(loop)
+    assert fault(tmp_path, "segmentation") == (
+        f"{loop} cannot be read (Too many levels of symbolic links): mend or remove it"
+    )
 
 
 LABEL = "gtFine/val/ulm/ulm_000001_000019_gtFine_labelTrainIds.png"
