@@ -15,8 +15,9 @@ import torch
 
 from budgeted.distributed import World
 from budgeted.files import write_json
+from budgeted.machine import device_name, peak_memory
 from budgeted.recipe import Recipe
-from budgeted.session import Session, device_name, peak_memory
+from budgeted.session import Session
 from tasks import base
 
 log = logging.getLogger("budgeted")
@@ -49,7 +50,7 @@ class Pace(Session):
             torch.cuda.synchronize(self.device)  # steps that are only queued are not made yet
         super().after_step(loss)
         if ends:
-            self.marks.append((self.elapsed, self.wait_seconds, self.samples))
+            self.marks.append((self.clock.elapsed, self.clock.wait_seconds, self.samples))
 
     def pace(self) -> tuple[float, float]:
         """(samples per second, share of the time that was waiting for data) of the median round.
@@ -90,7 +91,7 @@ def measure(recipe: Recipe) -> dict[str, Any]:
         "world_size": world.size,
         "samples_per_second": pace,
         "data_wait_share": waiting,
-        "eval_seconds": session.eval_seconds,
+        "eval_seconds": session.clock.eval_seconds,
         "evaluations": session.evaluations,
         "peak_memory_bytes": peak_memory(device),
         "checkpoint_bytes": size,

@@ -28,7 +28,7 @@ import torch
 
 from budgeted import BudgetedLR, make
 from budgeted.data import Batches, loader
-from budgeted.session import device_name
+from budgeted.machine import device_name
 
 REPEATS, DATA_REPEATS = 15, 60
 SAVING = 60  # seconds of runs that checkpoints are measured over, at the least
@@ -130,12 +130,13 @@ def checkpoints(task: str) -> dict[str, float]:
 
 def _run_with_saves(task: str, every: str) -> tuple[float, list[float], list[tuple[int, float]]]:
     """A run of `task`: the MB of its checkpoint, seconds in each save, and of each step (how many after a save)."""
+    from budgeted.clock import Clock
     from budgeted.session import Session
     from tasks import base, cli
 
     waits: list[float] = []
     steps: list[tuple[int, float]] = []
-    since, save, tick = itertools.count(AFTER + 1), Session.save, Session._tick
+    since, save, tick = itertools.count(AFTER + 1), Session.save, Clock.tick
 
     def timed(self: Session) -> None:
         nonlocal since
@@ -144,13 +145,13 @@ def _run_with_saves(task: str, every: str) -> tuple[float, list[float], list[tup
         waits.append(time.perf_counter() - start)
         since = itertools.count(1)
 
-    def ticked(self: Session) -> None:
+    def ticked(self: Clock) -> None:
         before = self.elapsed
         tick(self)
         steps.append((next(since), self.elapsed - before))
 
     with tempfile.TemporaryDirectory() as out:
-        with mock.patch.object(Session, "save", timed), mock.patch.object(Session, "_tick", ticked):
+        with mock.patch.object(Session, "save", timed), mock.patch.object(Clock, "tick", ticked):
             words = (f"task={task}", "budget=100%", "task.eval_every=100%", f"checkpoint.every={every}", f"out={out}")
             recipe = cli.recipe(words)
             cli.embedded_data(recipe.cfg)

@@ -22,8 +22,7 @@ from torch.utils.data import DataLoader, Dataset, _utils, get_worker_info
 
 from budgeted.budgets import Epoch
 from budgeted.randomness import SAMPLES, key_in, permutation, preserved, seed_cpu, seed_torch, stream
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+from budgeted.signals import STOP_SIGNALS
 
 
 class Positioned(Dataset):

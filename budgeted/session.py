@@ -17,14 +17,10 @@ import json
 import logging
 import math
 import os
-import platform
-import resource
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -36,25 +32,20 @@ from tqdm import tqdm
 from budgeted import checkpoint, trackers
 from budgeted.budgets import Budget
 from budgeted.cells import RESULT_SCHEMA, now
+from budgeted.clock import Clock
 from budgeted.code import git_state
-from budgeted.data import STOP_SIGNALS, Batches, end_workers, loader
+from budgeted.data import Batches, end_workers, loader
 from budgeted.distributed import World
 from budgeted.errors import UserError
 from budgeted.journal import Journal
+from budgeted.machine import device_name, forget_peak_memory, peak_memory, versions
 from budgeted.randomness import EVALUATION, STEPS, preserved, seed_all
 from budgeted.recipe import Recipe
 from budgeted.scheduler import BudgetedLR
+from budgeted.signals import Signals, first_of
 
 log = logging.getLogger("budgeted")
 ENDLESS = 2**40  # iterations of a clock budget, for loops that want a number
-
-
-class Interrupted(SystemExit):
-    """A signal asked the run to stop; its work is saved. Not an `Exception`: nothing should swallow it."""
-
-    def __init__(self, number: int, handler: Any = None) -> None:
-        super().__init__(128 + number)
-        self.signal, self.handler = number, handler
 
 
 class NonFinite(RuntimeError):
@@ -75,10 +66,8 @@ class Session:
         self.horizon = total
         self.total = ENDLESS if total is None else total
         # GPU-hours are shared by the processes, of which each has one device.
-        self.seconds = Budget(self.cell.budget).seconds(world.size) if recipe.seconds else None
+        self.clock = Clock(Budget(self.cell.budget).seconds(world.size) if recipe.seconds else None, world)
         self.step = 0
-        self.elapsed = 0.0
-        self.eval_seconds = self.wait_seconds = self.compile_seconds = 0.0
         self.samples = self.evaluations = self.resumed = self.skipped = 0
         self.metrics: dict[str, dict[str, Any]] = {}
         self.started = now()
@@ -86,9 +75,6 @@ class Session:
         self._owed = False  # an evaluation is due that has not been made
         self._done = False
         self._pending: list[tuple[int, torch.Tensor | float, float]] = []  # step, loss, learning rate
-        self._first_step: float | None = None
-        self._clock = 0.0  # progress of a clock budget, as of the last step
-        self._carried = (0.0, 0.0)  # that and the elapsed seconds that a resume began with
         self._grad_norm: float | None = None
         self._saved_step: int | None = None
         self._saving = checkpoint.Background()
@@ -99,8 +85,7 @@ class Session:
         forget_peak_memory(device)
         self._evals = recipe.period(cfg["task"]["eval_every"], total)
         self._saves = recipe.period(cfg["checkpoint"]["every"], total)
-        self._signal = self._interrupts = 0
-        self._handlers: dict[int, Any] = {}
+        self._signals = Signals()
 
     # -- set-up ---------------------------------------------------------------------------------------------
 
@@ -121,17 +106,17 @@ class Session:
         statistics = (b for name, b in model.named_buffers() if name.endswith(("running_mean", "running_var")))
         self._judged = [*model.parameters(), *statistics]
         self._evaluation_weights = evaluation_weights
-        progress = None if self.horizon else lambda: self._clock
+        progress = None if self.horizon else lambda: self.clock.progress
         self.scheduler = BudgetedLR(optimizer, self.recipe.schedule, self.horizon, progress)
         self._restore()
         optimizer.register_step_pre_hook(self._before_update)
         if self.cfg["on_nonfinite"] == "skip":
             self._buffers = [b for b in model.buffers() if b.is_floating_point()]
             self._kept = [b.clone() for b in self._buffers]
-        self._catch_signals()
+        self._signals.catch()
         self._bar = tqdm(
             total=self.horizon or 100,
-            initial=self.step if self.horizon else int(100 * self._clock),
+            initial=self.step if self.horizon else int(100 * self.progress),
             desc=self.cell.name,
             unit="it" if self.horizon else "%",
             disable=not self.world.is_main or os.environ.get("BUDGETED_BAR") == "0",
@@ -140,7 +125,8 @@ class Session:
             leave=False,
             delay=0.1,  # nothing is shown yet: see _advance_bar
         )
-        self._last_save = self._mark = time.perf_counter()
+        self._last_save = time.perf_counter()
+        self.clock.start()
         self._write_state("running", **self._state())
 
     def loader(self, dataset: Any, collate_fn: Callable | None = None) -> Iterator[Any]:
@@ -175,12 +161,11 @@ class Session:
     def _timed(self, source: Any) -> Iterator[Any]:
         iterator = iter(source)
         while True:
-            start = time.perf_counter()
             try:
-                batch = next(iterator)
+                with self.clock.measured("wait_seconds"):
+                    batch = next(iterator)
             except StopIteration:
                 return
-            self.wait_seconds += time.perf_counter() - start
             yield batch
 
     # -- one step -------------------------------------------------------------------------------------------
@@ -193,7 +178,7 @@ class Session:
     @property
     def progress(self) -> float:
         """The share of the budget that is spent, in [0, 1]."""
-        return self.step / self.horizon if self.horizon else self._clock
+        return self.step / self.horizon if self.horizon else self.clock.progress
 
     def before_step(self) -> None:
         """Set the rates of the coming update and key all randomness by (seed, step, rank)."""
@@ -208,7 +193,7 @@ class Session:
     def after_step(self, loss: torch.Tensor | float) -> None:
         """Account for the update just made. Raises NonFinite, or Interrupted once a signal's checkpoint is saved."""
         self._saving.check()
-        self._tick()
+        self.clock.tick()
         step, self.step = self.step, self.step + 1
         positions = self.recipe.epoch.positions(step)
         self.samples += len(positions)
@@ -234,16 +219,21 @@ class Session:
         if stop:
             self._saving.wait()
             self._write_state("partial", **self._state())
-            self._signal = 0
-            raise Interrupted(stop, self._handlers.get(stop))
+            raise self._signals.obey(stop)
 
     def evaluate(self) -> None:
         """Evaluate now, outside the training clock, and record the metrics at the last step made."""
         self._owed = False
         if self._evaluated_at == self.step:
             return
-        self._saving.wait()  # an evaluation starts data workers: nobody forks while another thread writes
-        start, step = time.perf_counter(), self.step - 1
+        with self.clock.paused():
+            self._saving.wait()  # an evaluation starts data workers: nobody forks while another thread writes
+            with self.clock.measured("eval_seconds"):
+                self._evaluate_at(self.step - 1)
+        self._evaluated_at = self.step
+        self.evaluations += 1
+
+    def _evaluate_at(self, step: int) -> None:
         self._check_losses()
         with self._evaluated_weights(step):
             values = self._evaluate_model()
@@ -254,12 +244,8 @@ class Session:
             entry["final"] = value
             if value > entry["best"] or math.isnan(entry["best"]):
                 entry.update(best=value, best_step=step)
-        self._evaluated_at = self.step
         self._write_line({"step": step, "eval": {k: float(v) for k, v in values.items()}})
         log.info("%s step %d: %s", self.cell.name, step, ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
-        self.evaluations += 1
-        self.eval_seconds += time.perf_counter() - start
-        self._mark = time.perf_counter()
 
     @contextmanager
     def _evaluated_weights(self, step: int) -> Iterator[None]:
@@ -275,27 +261,6 @@ class Session:
         if self._evaluation_weights is None or not self.world.is_main:
             return digest, None
         return digest, {k: v.clone() for k, v in self.model.state_dict().items()}
-
-    def _tick(self) -> None:
-        """Add the time since the last step to the clock; what the first step took longer is set-up, not training."""
-        now_ = time.perf_counter()
-        spent, self._mark = now_ - self._mark, now_
-        self.elapsed += spent
-        if self._first_step is None:
-            self._first_step = spent
-        elif self._first_step > 0:
-            excess = max(0.0, self._first_step - spent)
-            self.compile_seconds += excess
-            self.elapsed -= excess
-            self._first_step = 0.0
-        if self.seconds:
-            self._read_clock()
-
-    def _read_clock(self) -> None:
-        """Bring the clock's progress up to date: rank 0's, on every rank, without a first step not yet judged."""
-        counted = self.elapsed - (self._first_step or 0.0)
-        before, at = self._carried  # GPU-hours may have been spent on another number of GPUs
-        self._clock = min(1.0, before + (self.world.agree(counted) - at) / (self.seconds or 1.0))
 
     def _before_update(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """Runs inside optimizer.step: what stands in the parameter groups here is what the update uses."""
@@ -331,7 +296,7 @@ class Session:
             line["momentum"] = group["momentum"] if "momentum" in group else group["betas"][0]
         if self._grad_norm is not None:
             line["grad_norm"] = self._grad_norm
-        line["seconds"] = round(self.elapsed, 6)
+        line["seconds"] = round(self.clock.elapsed, 6)
         self._write_line(line)
         self._loss = value
 
@@ -381,8 +346,9 @@ class Session:
             bar.disable = True
 
     def _state(self) -> dict[str, Any]:
-        rate = self.samples / self.elapsed if self.elapsed else None
-        left = (1 / self.progress - 1) * self.elapsed if self.progress else None
+        spent = self.clock.elapsed
+        rate = self.samples / spent if spent else None
+        left = (1 / self.progress - 1) * spent if self.progress else None
         return {"step": self.step, "samples_per_second": rate, "eta_seconds": left, "progress": self.progress}
 
     def _write_state(self, state: str, step: int, **more: Any) -> None:
@@ -396,16 +362,15 @@ class Session:
 
     def save(self) -> None:
         """Write a checkpoint of the step just made, from a copy, while training goes on: see `_saving`."""
-        start = time.perf_counter()
-        self._check_losses()
-        self._check_weights()
-        if self.world.is_main:
-            self._saving.wait()
-            packed = checkpoint.pack(self._content(), self._room)
-            self._saving.start(partial(self._write, packed, self._state()))
-            self._room = packed.tensors
+        with self.clock.paused():
+            self._check_losses()
+            self._check_weights()
+            if self.world.is_main:
+                self._saving.wait()
+                packed = checkpoint.pack(self._content(), self._room)
+                self._saving.start(partial(self._write, packed, self._state()))
+                self._room = packed.tensors
         self._last_save = time.perf_counter()
-        self._mark += self._last_save - start  # saving is no training time
 
     def _write(self, content: checkpoint.Packed, state: dict[str, Any]) -> None:
         self.journal.sync()  # a checkpoint that knows of a line must not outlive it
@@ -415,16 +380,13 @@ class Session:
             self._write_state("running", **state)
 
     def _content(self) -> dict[str, Any]:
-        counters = {k: getattr(self, k) for k in _COUNTERS}
-        unjudged = self._first_step or 0.0  # may be all compiling: the clock must not carry it
-        counters |= {"elapsed": self.elapsed - unjudged, "compile_seconds": self.compile_seconds + unjudged}
         return {
             "recipe": json.dumps(self.recipe.fields, sort_keys=True),
             "signature": self.cell.signature,
             "total": self.horizon,
             "step": self.step,
-            "counters": counters,
-            "clock": self._clock,
+            "counters": {k: getattr(self, k) for k in _COUNTERS} | self.clock.state(),
+            "clock": self.clock.progress,
             "metrics": self.metrics,
             "evaluated_at": self._evaluated_at,
             "owed": self._owed,
@@ -464,8 +426,7 @@ class Session:
         self.started = content["first_started"]
         for name in _COUNTERS:
             setattr(self, name, content["counters"][name] + 0)  # a TypeError where it is no number
-        self._clock = content["clock"] + 0.0
-        self._carried = self._clock, self.elapsed
+        self.clock.restore(content["counters"], content["clock"])
 
     def _refuse_other(self, content: dict[str, Any]) -> None:
         """A checkpoint of another recipe or budget is an error that says what differs."""
@@ -480,34 +441,11 @@ class Session:
             self.journal = Journal(self.cell.metrics, mark, *at)
             self.tracker = trackers.start(self.cfg.get("tracker", "none"), self.cell, self.cfg, *at)
 
-    # -- signals --------------------------------------------------------------------------------------------
-
-    def _catch_signals(self) -> None:
-        def note(number: int, frame: Any) -> None:
-            self._interrupts += number == signal.SIGINT
-            if self._interrupts > 1:
-                self._signal = 0
-                self._release_signals()
-                raise KeyboardInterrupt
-            if self._signal != signal.SIGUSR2:  # preemption sends it with others; it alone gets the job requeued
-                self._signal = number
-
-        try:
-            self._handlers = {number: signal.signal(number, note) for number in STOP_SIGNALS}
-        except ValueError:  # not the main thread: whoever started it handles signals
-            self._handlers = {}
-
-    def _release_signals(self) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-        self._handlers = {}
-
     def _asked(self) -> tuple[int, bool]:
         """(the signal that any rank has received or 0, is a checkpoint due by the minutes): the same on every rank."""
         minutes = (time.perf_counter() - self._last_save) / 60
-        answers = self.world.gather((self._signal, minutes >= self.cfg["checkpoint"]["minutes"]))
-        signals = {number for number, _ in answers}
-        return signal.SIGUSR2 if signal.SIGUSR2 in signals else max(signals), answers[0][1]
+        answers = self.world.gather((self._signals.noted, minutes >= self.cfg["checkpoint"]["minutes"]))
+        return first_of({number for number, _ in answers}), answers[0][1]
 
     # -- the end --------------------------------------------------------------------------------------------
 
@@ -543,7 +481,7 @@ class Session:
 
     def close(self) -> None:
         """Give signals and files back; safe to call at any time. A signal that came too late to be obeyed is raised."""
-        self._release_signals()
+        self._signals.release()
         end_workers()
         try:
             self._saving.wait()
@@ -556,12 +494,10 @@ class Session:
             self.journal.close()
         if hasattr(self, "tracker"):
             self.tracker.close(self._done)
-        if late := self._signal:
-            self._signal = 0
-            signal.raise_signal(late)
+        self._signals.pass_on()
 
     def _result(self, digest: str) -> dict[str, Any]:
-        task, data, rule = self.cfg["task"], self.recipe.data, self.cfg["task"]["rule"]
+        task, data, rule, clock = self.cfg["task"], self.recipe.data, self.cfg["task"]["rule"], self.clock
         return {
             "schema": RESULT_SCHEMA,
             "task": self.cell.task,
@@ -583,12 +519,12 @@ class Session:
             "iterations_done": self.step,
             "samples_seen": self.samples,
             "skipped_updates": self.skipped,
-            "train_seconds": self.elapsed,
-            "eval_seconds": self.eval_seconds,
+            "train_seconds": clock.elapsed,
+            "eval_seconds": clock.eval_seconds,
             "evaluations": self.evaluations,
-            "data_wait_seconds": self.wait_seconds,
-            "compile_seconds": self.compile_seconds,
-            "samples_per_second": self.samples / self.elapsed if self.elapsed else None,
+            "data_wait_seconds": clock.wait_seconds,
+            "compile_seconds": clock.compile_seconds,
+            "samples_per_second": self.samples / clock.elapsed if clock.elapsed else None,
             "peak_memory_bytes": peak_memory(self.device),
             "device": device_name(self.device),
             "precision": self.cfg["precision"],
@@ -602,7 +538,7 @@ class Session:
                 "missing": len(data.missing),
             },
             "weights_sha256": digest,
-            "versions": _versions(),
+            "versions": versions(),
             "git": git_state(),
             "started": self.started,
             "finished": now(),
@@ -633,23 +569,7 @@ def _refuse_odd_shares(recipe: Recipe, world: World) -> None:
             )
 
 
-_COUNTERS = (
-    *("elapsed", "eval_seconds", "wait_seconds", "compile_seconds"),
-    *("samples", "evaluations", "resumed", "skipped"),
-)
-
-
-def device_name(device: torch.device) -> str:
-    """`cuda: NVIDIA H200` or `cpu: <processor>, 2 cores`."""
-    if device.type == "cuda":
-        return f"cuda: {torch.cuda.get_device_name(device)}"
-    names = [line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")]
-    return f"cpu: {names[0] if names else platform.machine()}, {os.cpu_count()} cores"
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
+_COUNTERS = ("samples", "evaluations", "resumed", "skipped")
 
 
 def _copy(source: list[torch.Tensor], target: list[torch.Tensor]) -> None:
@@ -659,51 +579,6 @@ def _copy(source: list[torch.Tensor], target: list[torch.Tensor]) -> None:
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     return ((k, v) for k, v in model.state_dict().items() if isinstance(v, torch.Tensor))
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes since `forget_peak_memory`: of the GPU's allocator, or what the process had resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def forget_peak_memory(device: torch.device) -> None:
-    """Let `peak_memory` start anew: a sweep trains its cells in one process."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    with suppress(OSError):  # where it cannot be, the peak is that of the process so far
-        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
-
-
-def _versions() -> dict[str, str]:
-    known = (
-        "torch",
-        "torchvision",
-        "numpy",
-        "hydra-core",
-        "pillow",
-        "pytorchvideo",
-        "av",
-        "detectron2",
-        "sal-detectron2",
-        "pycocotools",
-        "mmsegmentation",
-        "mmengine",
-        "mmcv-lite",
-        "schedulefree",
-    )
-    found = {"python": platform.python_version()}
-    for name in known:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _difference(saved: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:

@@ -22,7 +22,8 @@ from budgeted.data import Loader
 from budgeted.distributed import World, synchronised
 from budgeted.errors import UserError
 from budgeted.recipe import Config, DataSummary, Recipe
-from budgeted.session import Interrupted, Session
+from budgeted.session import Session
+from budgeted.signals import Interrupted
 from tasks import submission
 
 log = logging.getLogger("budgeted")

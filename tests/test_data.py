@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from budgeted.budgets import Epoch
-from budgeted.data import STOP_SIGNALS, WINDOW, Batches, Positioned, end_workers, grouped, loader, start_worker
+from budgeted.data import WINDOW, Batches, Positioned, end_workers, grouped, loader, start_worker
 from budgeted.randomness import permutation, seed_all
+from budgeted.signals import STOP_SIGNALS
 
 
 class Noisy(torch.utils.data.Dataset):

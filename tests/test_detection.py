@@ -20,7 +20,8 @@ from budgeted.data import Batches, loader
 from budgeted.distributed import World
 from budgeted.errors import UserError
 from budgeted.randomness import STEPS, seed_all
-from budgeted.session import Interrupted, Session
+from budgeted.session import Session
+from budgeted.signals import Interrupted
 from tasks import base, cli, compat, layouts
 
 REPO = Path(__file__).resolve().parent.parent

@@ -27,7 +27,8 @@ from budgeted.budgets import Epoch
 from budgeted.cells import Cell
 from budgeted.data import Batches, Loader, loader
 from budgeted.errors import UserError
-from budgeted.session import Interrupted, NonFinite, Session
+from budgeted.session import NonFinite, Session
+from budgeted.signals import Interrupted
 
 ROOT = Path(__file__).resolve().parent.parent
 SAME = faults.SAME

@@ -512,7 +512,7 @@ def test_a_head_that_wants_edges_gets_them(seg, cell, tmp_path):
 
 @pytest.mark.slow
 def test_killed_and_resumed_is_the_same_bit_for_bit(seg, cell, monkeypatch):
-    from budgeted.session import Interrupted
+    from budgeted.signals import Interrupted
 
     words = ("budget.amount=7it", "task.eval_every=100%", "checkpoint.every=100%")
     whole = base.train(cell(*words, "out=" + str(cell().cell.out / "whole")))
