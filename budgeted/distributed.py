@@ -107,8 +107,8 @@ def synchronised(model: nn.Module, device: torch.device) -> nn.Module:
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.__class__ = _CpuSyncBatchNorm
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):  # and stays one of its kind, for who looks for that
+            module.__class__ = type(f"Sync{type(module).__name__}", (_OverRanks, type(module)), {})
     return model
 
 
@@ -126,11 +126,8 @@ class _Sum(torch.autograd.Function):
         return _Sum.forward(ctx, gradient)
 
 
-class _CpuSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+class _OverRanks(nn.modules.batchnorm._BatchNorm):
     """Batch norm over all ranks through gloo. Input (N, C, ...); the same buffers as torch's own."""
-
-    def _check_input_dim(self, input: torch.Tensor) -> None:
-        pass
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if not self.training:

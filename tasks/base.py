@@ -7,7 +7,7 @@ import logging
 import signal
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 from budgeted.cells import Cell, Held
 from budgeted.checkpoint import opened
@@ -397,6 +398,45 @@ def refuse_misfit(model: nn.Module, state: Any, path: str) -> None:
         )
 
 
+# -- evaluation ---------------------------------------------------------------------------------------------
+
+
+REFRESH = 50  # batches that Schedule-Free's batch-norm statistics are of: its README
+
+
+@contextmanager
+def evaluation_weights(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: DataLoader,
+    inputs: Callable[[Any], Any],
+    within: AbstractContextManager,
+) -> Iterator[None]:
+    """The model as it is evaluated where that is not as it is trained; all is put back in place at the end.
+
+    It has Schedule-Free's averages, if `optimizer` keeps them, and batch-norm statistics that are those of `batches` as
+    a whole at these weights: by fvcore's update_bn_stats, as in detectron2 and PySlowFast. `inputs` makes of a batch
+    what the model takes, `within` is a context to do that in.
+    """
+    precise = upstream("fvcore.nn.precise_bn", "pip install fvcore")
+    kept = [(m, k, b, b.clone()) for m in model.modules() for k, b in m._buffers.items() if b is not None]
+    averaged: Any = optimizer if hasattr(optimizer, "eval") else None
+    if averaged:
+        averaged.eval()
+    try:
+        if precise.get_bn_modules(model):
+            count = sum(1 for _ in batches.batch_sampler)  # type: ignore[union-attr]
+            with within:
+                precise.update_bn_stats(model, map(inputs, batches), count)
+        yield
+    finally:
+        for module, name, buffer, was in kept:  # fvcore puts other tensors in their place
+            buffer.copy_(was)
+            module._buffers[name] = buffer
+        if averaged:
+            averaged.train()
+
+
 # -- the native loop ----------------------------------------------------------------------------------------
 
 
@@ -509,36 +549,11 @@ class Native:
         if self._schedule_free:
             self.optimizer.train()  # type: ignore[attr-defined]
 
-    @contextmanager
-    def evaluation_weights(self) -> Iterator[None]:
-        """The weights to evaluate: Schedule-Free's averages, and batch-norm statistics refreshed at them."""
-        norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        saved = [{k: v.clone() for k, v in m.named_buffers(recurse=False)} for m in norms]
-        momenta = [m.momentum for m in norms]
-        if self._schedule_free:
-            self.optimizer.eval()  # type: ignore[attr-defined]
-        try:
-            if norms:
-                self._refresh(norms)
-            yield
-        finally:
-            for m, buffers, momentum in zip(norms, saved, momenta, strict=True):
-                m.momentum = momentum
-                for k, v in buffers.items():
-                    getattr(m, k).copy_(v)
-            self._training_mode()
-
-    def _refresh(self, norms: list[nn.Module]) -> None:
-        """Batch-norm statistics as plain averages over training batches, drawn as for the steps from 0 on."""
-        for m in norms:
-            m.reset_running_stats()  # type: ignore[operator]
-            m.momentum = None  # type: ignore[assignment]  # a cumulative average
-        self.model.train()
-        count = self.refresh_batches or 50  # 50: the schedule_free README
-        source = self.session.loader_of(self.dataset, start=0, stop=count)
-        with torch.no_grad(), self._autocast():
-            for batch in source:
-                self.model(self._to_device(batch)[0])
+    def evaluation_weights(self) -> AbstractContextManager:
+        batches = self.session.loader_of(self.dataset, 0, self.refresh_batches or REFRESH)
+        return evaluation_weights(
+            self.model, self.optimizer, batches, lambda batch: self._to_device(batch)[0], self._autocast()
+        )
 
     def flops(self) -> int:
         from torch.utils.flop_counter import FlopCounterMode

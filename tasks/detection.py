@@ -13,7 +13,7 @@ import io
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout, suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,6 @@ from detectron2.solver import build_optimizer  # noqa: E402
 from detectron2.solver.build import maybe_add_gradient_clipping  # noqa: E402
 from detectron2.utils.events import EventStorage  # noqa: E402
 from fvcore.nn import sigmoid_focal_loss  # noqa: E402
-from fvcore.nn.precise_bn import get_bn_modules, update_bn_stats  # noqa: E402
 
 log = logging.getLogger("budgeted")
 # TorchScript rounds a function's first calls in a process otherwise than the later ones: a resume would show.
@@ -144,24 +143,13 @@ class Detection:
         groups = [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in optimizer.param_groups]
         return maybe_add_gradient_clipping(self.config, base.build_optimizer(self.cfg, groups))
 
-    @contextmanager
-    def evaluation_weights(self) -> Iterator[None]:
-        """Schedule-Free's averages where it trains, and batch-norm statistics refreshed on the first batches."""
-        model, optimizer, session = self.trainer.bare, self.trainer.optimizer, self.trainer.session
-        saved = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        if self.free:
-            optimizer.eval()
-        if get_bn_modules(model):
-            count = self.config.TEST.PRECISE_BN.NUM_ITER if self.config.TEST.PRECISE_BN.ENABLED else 50
-            with EventStorage():
-                update_bn_stats(model, session.loader_of(self.train_images, 0, count, trivial_batch_collator), count)
-        try:
-            yield
-        finally:
-            if self.free:
-                optimizer.train()
-            for name, buffer in model.named_buffers():
-                buffer.copy_(saved[name])
+    def evaluation_weights(self) -> AbstractContextManager:
+        precise = self.config.TEST.PRECISE_BN
+        count = precise.NUM_ITER if precise.ENABLED else base.REFRESH
+        batches = self.trainer.session.loader_of(self.train_images, 0, count, trivial_batch_collator)
+        return base.evaluation_weights(
+            self.trainer.bare, self.trainer.optimizer, batches, lambda batch: batch, EventStorage()
+        )
 
     @cached_property
     def train_images(self) -> Images:

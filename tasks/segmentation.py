@@ -11,14 +11,13 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.optim.swa_utils import update_bn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
@@ -45,7 +44,6 @@ from mmseg.models.decode_heads.decode_head import BaseDecodeHead  # noqa: E402
 from mmseg.registry import MODELS  # noqa: E402
 
 init_default_scope("mmseg")
-REFRESH = 50  # batches that Schedule-Free's batch-norm statistics are averaged over: its README
 USED = ("model", "train_pipeline", "test_pipeline", "env_cfg", "find_unused_parameters")  # and the record shows no more
 DEFAULT_HOOKS = ("runtime_info", "timer", "sampler_seed", "logger", "param_scheduler", "checkpoint")
 
@@ -114,20 +112,15 @@ class Segmentation:
         means = {"miou": np.nanmean(found["IoU"]), "macc": np.nanmean(found["Acc"]), "aacc": found["aAcc"]}
         return {name: float(value) for name, value in means.items()}
 
-    @contextmanager
-    def evaluation_weights(self) -> Iterator[None]:
-        """Schedule-Free's averaged weights, and batch-norm statistics of training batches at them."""
-        kept = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        batches = self.session.loader_of(self.dataset, 0, REFRESH, pseudo_collate)
-        self.optimizer.eval()
-        try:
-            with torch.no_grad(), self._autocast():
-                update_bn((self.model.data_preprocessor(batch, True)["inputs"] for batch in batches), self.model)
-            yield
-        finally:
-            for name, buffer in self.model.named_buffers():
-                buffer.copy_(kept[name])
-            self.optimizer.train()
+    def evaluation_weights(self) -> AbstractContextManager:
+        batches = self.session.loader_of(self.dataset, 0, base.REFRESH, pseudo_collate)
+        return base.evaluation_weights(
+            self.model,
+            self.optimizer,
+            batches,
+            lambda batch: self.model.data_preprocessor(batch, True)["inputs"],
+            self._autocast(),
+        )
 
     def flops(self) -> int:
         """Training FLOPs of an iteration: convolutions and matrix products of the global batch at the crop's size,
