@@ -99,12 +99,15 @@ def check(cfg: Any, choices: Choices) -> None:
     """Say whether the data of a task are whole. Exits 1 when something is wrong."""
     from omegaconf import OmegaConf
 
-    from tasks import layouts, tiny
+    from tasks import layouts, tiny, weights
     from tasks.folder import some
 
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    weights.address(plain)  # a slip in its name is said before anything is read
     tiny.ensure(plain)
     data, findings, decoded = layouts.check(plain)
+    said, misfits = weights.look(plain, len(data.classes))
+    findings += misfits
     log.info("%s in %s: %d training, %d validation samples, %d classes, %d missing",
              data.name, data.root, data.n_train, data.n_val, len(data.classes), len(data.missing))  # fmt: skip
     if other := _unlike_the_recipe(plain["task"], data):
@@ -114,6 +117,8 @@ def check(cfg: Any, choices: Choices) -> None:
                  data.left_out)  # fmt: skip
     if data.passed_over:
         log.info("training passes over what is no sample: %s", some(data.passed_over))
+    for line in said:
+        log.info("%s", line)
     for line in findings:
         log.warning("%s", line)
     looked = f"all listed, {decoded} of them decoded" if decoded else "all listed, none to decode"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,8 +45,10 @@ OWNED = {
 
 
 def check(cfg: Mapping[str, Any]) -> None:
-    """Raise UserError for a model that there is not and an option that is decided elsewhere. Imports no torch."""
+    """Raise UserError for a model or weights that there are not and an option that is decided elsewhere. Imports no
+    torch."""
     task, known = cfg["task"], names()
+    address(task["weights"])
     if cfg["compile"]:
         raise UserError("compile=true: images change size at every step, which torch.compile does not take; false")
     if known and task["model"] not in known:
@@ -66,6 +69,35 @@ def names() -> list[str]:
     folder = Path(found.submodule_search_locations[0], "model_zoo", "configs")
     kinds = ("COCO-Detection", "COCO-InstanceSegmentation", "Cityscapes", "PascalVOC-Detection", "Misc")
     return sorted(str(path.relative_to(folder)) for kind in kinds for path in folder.glob(f"{kind}/*.yaml"))
+
+
+def address(weights: str) -> str | None:
+    """The address that detectron2's name of `weights` stands for; None for a path, none and its older catalog.
+
+    Raises UserError for a name that the zoo has not."""
+    scheme, _, name = weights.rpartition("://")
+    if scheme in ("", "catalog"):
+        return None
+    if scheme in ("http", "https", "file"):
+        return weights
+    if scheme != "detectron2":
+        raise UserError(f"task.weights={weights}: no such source; give a path, https://..., detectron2://NAME or none")
+    if (known := weight_names()) and name not in known:
+        hint = f"{nearest(name, known)} Or give its address, {HOME}..."
+        raise UserError(f"task.weights={weights}: detectron2's zoo has no such weights; {hint}")
+    return f"{HOME}{name}"
+
+
+def weight_names() -> set[str]:
+    """What the zoo has under detectron2://, read off its files; none where it is not installed."""
+    found = importlib.util.find_spec("detectron2")
+    if not found or not found.submodule_search_locations:
+        return set()
+    folder = Path(found.submodule_search_locations[0], "model_zoo")
+    trained = re.findall(r'"([\w./-]+)": "(\d+/model_final_\w+\.pkl)"', (folder / "model_zoo.py").read_text())
+    texts = (path.read_text() for path in folder.glob("configs/**/*.yaml"))
+    named = {name for text in texts for name in re.findall(r'detectron2://([^"\s]+)', text)}
+    return {*named, *("/".join(pair) for pair in trained), "ImageNetPretrained/torchvision/R-50.pkl"}
 
 
 def config(cfg: Mapping[str, Any], classes: int, device: str) -> CfgNode:

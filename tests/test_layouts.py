@@ -242,7 +242,7 @@ def test_what_is_no_image_is_counted_and_what_fails_is_found(tmp_path, said):
     assert data.passed_over == passed
     broken = ("train/cat/folder.jpg", "val/dog/link.jpg", "val/dog/loop.jpg")
     assert findings == [f"{path}: has an image's name and is no file: remove it" for path in broken]
-    cfg = {"task": {"name": "mine", "adapter": "classification"}, "data": {"root": str(tmp_path)}}
+    cfg = {"task": {"name": "mine", "adapter": "classification", "weights": "none"}, "data": {"root": str(tmp_path)}}
     with pytest.raises(SystemExit):
         modes.check(OmegaConf.create(cfg), {})
     assert "training passes over what is no sample: 5 (train/cat/notes.txt, ...)" in said
