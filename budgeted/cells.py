@@ -118,6 +118,12 @@ class Cell:
                 json.dump(finite(fields), handle)
                 handle.truncate()
 
+    def begin(self) -> None:
+        """Record that it is running, from the step on that a try before got to: whatever became of that is over."""
+        old = read_json(self.directory / "state.json") or {}
+        step, total = (v if type(v) is int and v >= 0 else None for v in (old.get("step"), old.get("total")))
+        self.write_state("running", step or 0, total)
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold this cell. Raises Held when another process does; a dead process's lock is free at once."""

@@ -92,6 +92,8 @@ def _run(recipe: Recipe, world: World, device: torch.device) -> dict[str, Any]:
     cell, cfg = recipe.cell, recipe.cfg
     session = None
     try:
+        if world.is_main:
+            cell.begin()
         if other := submission.check(cfg["code"], cell.out):
             log.warning("%s", other)
         if recipe.data.missing:

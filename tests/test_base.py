@@ -1,7 +1,8 @@
-"""What the adapters share: the model as it is evaluated."""
+"""What the adapters share: the model as it is evaluated, and a cell's way through its states."""
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
 
 import pytest
@@ -11,7 +12,9 @@ from torch import nn
 
 from budgeted.budgets import Epoch
 from budgeted.data import Batches, loader
+from tasks import base, cli
 from tasks.base import evaluation_weights
+from tasks.classification import Classification
 
 
 class Points(torch.utils.data.Dataset):
@@ -72,3 +75,23 @@ def test_a_model_without_batch_norm_reads_no_batches():
     model = nn.Linear(3, 3)
     with evaluation_weights(model, torch.optim.SGD(model.parameters()), None, None, nullcontext()):
         pass
+
+
+def test_a_cell_is_running_from_the_moment_that_it_is_tried_again(tmp_path, monkeypatch):
+    """Importing an upstream and reading the data may take a minute, in which it has not failed."""
+    recipe = cli.recipe(("budget.amount=1it", f"out={tmp_path}"))
+    recipe.cell.directory.mkdir(parents=True)
+    recipe.cell.write_state("failed", 7, 10, "out of memory")
+    seen = []
+
+    def build(self, session):
+        seen.append((recipe.cell.state, json.loads((recipe.cell.directory / "state.json").read_text())))
+        raise RuntimeError("again")
+
+    cli.embedded_data(recipe.cfg)
+    monkeypatch.setattr(Classification, "build", build)
+    with pytest.raises(RuntimeError):
+        base.train(recipe)
+    ((state, record),) = seen
+    assert (state, record["step"], record["total"], record["error"]) == ("running", 7, 10, None)
+    assert recipe.cell.state == "failed"
