@@ -146,6 +146,8 @@ def _faults(tables: Mapping[str, list[Any]]) -> Iterator[tuple[str, str]]:
     categories = {category["id"] for category in tables["categories"]}
     if nameless := [c["id"] for c in tables["categories"] if not isinstance(c.get("name"), str)]:
         yield f"category {nameless[0]} has no name", "give it one"
+    if len({type(category) for category in categories}) > 1:
+        yield "the ids of categories are of several types", "they are whole numbers"
     for row in tables["annotations"]:
         name = f"annotation {row['id']}"
         if row["category_id"] not in categories:
@@ -161,6 +163,13 @@ def _faults(tables: Mapping[str, list[Any]]) -> Iterator[tuple[str, str]]:
         mask = row.get("segmentation")
         if isinstance(mask, dict) and list(mask["size"]) != [height, width]:
             yield f"{name} has a mask of {mask['size']}, its image is [{height}, {width}]", "size is [height, width]"
+        elif isinstance(mask, dict) and isinstance(mask.get("counts"), list) and sum(mask["counts"]) != height * width:
+            yield (
+                f"{name} has a mask of {sum(mask['counts'])} pixels, its image {height * width}",
+                "counts are its runs",
+            )
+        elif mask and not isinstance(mask, dict | list):
+            yield f"{name} has segmentation {str(mask)[:60]!r}", "it is a list of polygons or a run-length mask"
         elif isinstance(mask, list) and any(_outside(polygon, height, width) for polygon in mask):
             yield f"{name} has a polygon outside its image of {width} x {height}", "points are x, y in pixels"
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from budgeted.errors import UserError
 from tasks import coco_json, layouts
-from tasks.folder import SPLITS, Data
+from tasks.folder import SPLITS, Data, in_line
 
 log = logging.getLogger("budgeted")
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)  # what Pillow raises
@@ -57,7 +57,7 @@ def findings(cfg: Mapping[str, Any], data: Data, sample: int, seconds: float) ->
     found += [finding for finding in look[adapter](data, take, least) if finding[0] not in broken]
     if adapter == "video":
         data = replace(data, missing=tuple(dict.fromkeys((*data.missing, *(path for path, _ in found)))))
-    return data, [f"{path}: {what}" for path, what in found], next(decoded)
+    return data, [in_line(f"{path}: {what}") for path, what in found], next(decoded)
 
 
 def picture_fault(path: str | Path) -> str | None:

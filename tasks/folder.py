@@ -60,4 +60,9 @@ def near(word: str, folder: Path) -> str:
 def some(items: Iterable[str]) -> str:
     """A count and the first of the items, for a message of one line."""
     items = list(items)
-    return f"{len(items)} ({items[0]}{', ...' if len(items) > 1 else ''})"
+    return f"{len(items)} ({in_line(items[0])}{', ...' if len(items) > 1 else ''})"
+
+
+def in_line(name: str) -> str:
+    """A file's name with its line breaks and undecodable bytes written out."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in name)

@@ -89,6 +89,8 @@ def data_root(cfg: Mapping[str, Any]) -> Path:
 
 
 def _existing(root: Path, name: str) -> Path:
+    if root.is_symlink() and not root.exists():
+        raise UserError(f"data.root={root}: a link to nothing: mend it, or set data.root to the folder itself")
     if not root.is_dir():
         beside = [n for n in names(root.parent) if n.endswith("_tiny") == name.endswith("_tiny")]
         close = [root.parent / n for n in difflib.get_close_matches(root.name, beside, n=1)]
@@ -332,7 +334,7 @@ def _manifest(root: Path, path: Path) -> tuple[tuple[str, ...], list[tuple[str, 
     listed = []
     for number, line in enumerate(_lines(root, path), 1):
         clip, label = (part.strip() for part in line.strip().rpartition("," if "," in line else " ")[::2])
-        if clip and label.isdecimal():
+        if clip and label.isdecimal() and len(label) < 20:  # Python reads no more than 4,300 digits
             refuse_outside(root, clip, f"{path.name} line {number}")
             listed.append((clip, int(label)))
         elif line.strip():

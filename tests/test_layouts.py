@@ -14,6 +14,7 @@ from PIL import Image
 
 from budgeted.errors import UserError
 from tasks import coco_json, compat, decode, layouts, modes, tiny
+from tasks.folder import some
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 real = pytest.mark.skipif(not SHARED.is_dir(), reason="the real data beside the checkout is not here")
@@ -79,6 +80,23 @@ def test_real_clips_follow_the_manifest_and_its_classes():
 def test_absent_root_names_the_nearest(tmp_path):
     folders(tmp_path / "photos")
     assert fault(tmp_path / "photo", "classification") == f"no such folder: did you mean {tmp_path}/photos?"
+
+
+def test_root_that_links_to_nothing(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert fault(tmp_path / "loop", "video") == "a link to nothing: mend it, or set data.root to the folder itself"
+
+
+def test_a_name_with_a_line_break_stays_in_its_line(tmp_path):
+    (folders(tmp_path) / "train/cat/0\n1.jpg").touch()
+    (tmp_path / "train/cat/no\nte").touch()
+    data, (finding,) = look(tmp_path, "classification", check=True)
+    assert finding.startswith("train/cat/0\\n1.jpg: ") and "\n" not in finding + some(data.passed_over)
+    path = coco(tmp_path / "coco") / TRAIN
+    path.write_text(path.read_text().replace("2.jpg", "2\\n.jpg"))
+    assert fault(tmp_path / "coco", "detection").startswith(
+        f"{TRAIN} lists images that are not in train2017/: 1 (2\\n.jpg) of 2"
+    )
 
 
 def test_empty_root(tmp_path):
@@ -404,6 +422,12 @@ VAL = "annotations/instances_val2017.json"
          "annotation 7 has a mask of [8, 6], its image is [6, 8]: size is [height, width]"),
         ({"annotations": row(segmentation=[[1, 1, 40, 1, 4, 4]])},
          "annotation 7 has a polygon outside its image of 8 x 6: points are x, y in pixels"),
+        ({"annotations": row(segmentation={"size": [6, 8], "counts": [40, 5]})},
+         "annotation 7 has a mask of 45 pixels, its image 48: counts are its runs"),
+        ({"annotations": row(segmentation="abc")},
+         "annotation 7 has segmentation 'abc': it is a list of polygons or a run-length mask"),
+        ({"categories": [{"id": "3", "name": "cat"}, {"id": 3, "name": "dog"}]},
+         "the ids of categories are of several types: they are whole numbers"),
         ({"annotations": row(bbox=[1, 1, float("nan"), 3])},
          "annotation 7 has bbox [1, 1, nan, 3]: it is [x, y, width, height] in pixels"),
         ({"annotations": row(bbox=[1, 1, 3])}, "annotation 7 has bbox [1, 1, 3]: it is [x, y, width, height] in pixels"),
@@ -815,6 +839,10 @@ def test_mp4_boxes_that_lie_about_their_length_end(tmp_path):
         (
             "a.mp4 0\n/b.mp4 0\n",
             "train_list.csv line 2 names '/b.mp4', which leads out of the folder: give a relative path without ..",
+        ),
+        (
+            "a.mp4 " + "9" * 5000,
+            "train_list.csv line 1 is 'a.mp4 " + "9" * 54 + "': expected `path index`, e.g. train/walk/a.mp4 0",
         ),
         ("a.mp4 5\n", "train_list.csv has class index 5 and classes.txt 2 names: indices count from 0"),
     ],
