@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from torchvision import models
 
 from budgeted.errors import UserError
-from tasks import cli, modes, tiny, weights
+from tasks import classification, cli, modes, tiny, video, weights
 
 MODELS = {
     "classification": "resnet18",
@@ -119,3 +119,34 @@ def test_check_finds_a_file_that_fits_no_model(name, tmp_path, said):
     full["task"]["weights"] = "none"
     modes.check(OmegaConf.create(full), {})
     assert said[-1].startswith("nothing wrong found")
+
+
+@pytest.mark.parametrize("name", ["imagenet_tiny", "kinetics_tiny", "coco_tiny", "cityscapes_tiny"])
+def test_the_weights_of_a_tasks_own_model_fit(name, tmp_path):
+    full = cli.configuration((f"task={name}",))
+    model = BUILD[name](full)
+    path = tmp_path / "x.pt"
+    torch.save(model.state_dict(), path)
+    full["task"]["weights"] = str(path)
+    said, misfits = weights.look(full, 5)
+    assert (said, misfits) == ([f"task.weights={path}: they fit {full['task']['model']}"], [])
+
+
+def _detector(full):
+    from tasks import detection, zoo
+
+    return detection.build_model(zoo.config(full, 5, "cpu"))
+
+
+def _segmenter(full):
+    from tasks import mmzoo, segmentation
+
+    return segmentation.MODELS.build(mmzoo.upstream_config(full["task"]).model)
+
+
+BUILD = {
+    "imagenet_tiny": lambda full: classification.build_model(full["task"]["model"], 5),
+    "kinetics_tiny": lambda full: video.make_model(full["task"], 5),
+    "coco_tiny": _detector,
+    "cityscapes_tiny": _segmenter,
+}
