@@ -9,7 +9,7 @@ import io
 import math
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -27,21 +27,47 @@ PAPER, INK, MUTED, RULE = "#ffffff", "#1d2127", "#666b73", "#dcdcdc"
 BLUE, RED, GREEN, PURPLE, ORANGE, SKY, GREY = (
     "#1f78b4", "#d55e00", "#009e73", "#c06a9c", "#e69f00", "#56b4e9", "#8a8f98",
 )  # fmt: skip
+COLOURS = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, GREY)
+
+
+class Look(NamedTuple):
+    """How a schedule is drawn. Marker and dash say what colour does: grey print keeps them."""
+
+    colour: str
+    dash: Any  # as matplotlib takes it
+    marker: str
+    hollow: bool = False
+
+
 STYLE = {
-    "linear": (BLUE, "-"), "step": (RED, "-"), "cosine": (GREEN, "-"), "rex": (PURPLE, "-"), "constant": (GREY, ":"),
-    "exp": (ORANGE, "--"), "poly": (SKY, "--"), "htd": (PURPLE, "--"), "inverse": (GREY, "--"), "knee": (SKY, "-"),
-    "onecycle": (ORANGE, "-"), "wsd": (GREEN, "--"), "sgdr": (RED, "--"), "uba": (BLUE, "--"), "refined": (GREY, "-"),
+    "linear": Look(BLUE, "-", "o"), "uba": Look(BLUE, "--", "o", True),
+    "step": Look(RED, "-", "s"), "sgdr": Look(RED, "--", "s", True),
+    "cosine": Look(GREEN, "-", "^"), "wsd": Look(GREEN, "--", "^", True),
+    "rex": Look(PURPLE, "-", "D"), "htd": Look(PURPLE, "--", "D", True),
+    "knee": Look(SKY, "-", "v"), "poly": Look(SKY, "--", "v", True),
+    "onecycle": Look(ORANGE, "-", "P"), "exp": Look(ORANGE, "--", "P", True),
+    "refined": Look(GREY, "-", "X"), "inverse": Look(GREY, "--", "X", True), "constant": Look(GREY, ":", "*"),
 }  # fmt: skip
+OTHER_DASHES: tuple[Any, ...] = ("-.", (0, (7, 2)), (0, (4, 1, 1, 1, 1, 1)), (0, (2, 1)))
+OTHER_MARKERS = ("<", ">", "d", "X", "P", "*")  # those that differ at four points
 WIDE, TALL, DPI = 5.9, 3.9, 120
 LABELS = 20  # at most so many lines carry a name
+NAME = 40  # characters of a schedule's name in a picture: two or three constants fit
 
 
-def style(schedule: str) -> tuple[str, str]:
-    """(colour, line style) of a schedule, the same in every picture and every report."""
+def style(schedule: str) -> Look:
+    """The look of a schedule, the same in every picture and every report.
+
+    One with constants ("onecycle pct_start=0.3") has the colour of its kind, and dash and marker of its own.
+    """
     if schedule in STYLE:
         return STYLE[schedule]
-    colours = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, GREY)
-    return colours[zlib.crc32(schedule.encode("utf-8", "replace")) % len(colours)], "-."
+    number = zlib.crc32(schedule.encode("utf-8", "replace"))
+    number, colour = divmod(number, len(COLOURS))
+    number, dash = divmod(number, len(OTHER_DASHES))
+    number, marker = divmod(number, len(OTHER_MARKERS))
+    kind = STYLE.get(schedule.split(" ")[0])
+    return Look(kind.colour if kind else COLOURS[colour], OTHER_DASHES[dash], OTHER_MARKERS[marker], bool(number % 2))
 
 
 def plain(text: str, limit: int = 24) -> str:
@@ -73,10 +99,25 @@ def _name(axes: Axes, x: str, y: str) -> None:
 
 
 def png(figure: Figure) -> bytes:
-    """The picture as PNG, without metadata, so that equal data give equal bytes."""
+    """The picture as PNG, as much wider as its longest name needs; without metadata: equal data give equal bytes."""
+    from matplotlib.transforms import Bbox
+
+    whole = Bbox.union([Bbox.from_bounds(0, 0, *figure.get_size_inches()), figure.get_tightbbox().padded(0.05)])
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None}, pil_kwargs={"compress_level": 4})
+    figure.savefig(
+        buffer, format="png", bbox_inches=whole, metadata={"Software": None}, pil_kwargs={"compress_level": 4}
+    )
     return buffer.getvalue()
+
+
+def _line(axes: Axes, schedule: str, x: Any, y: Any, main: bool = True, **more: Any) -> None:
+    """A schedule's line in its look; in a crowd all but the main ones are thin."""
+    colour, dash, marker, hollow = style(schedule)
+    axes.plot(
+        x, y, linestyle=dash, color=colour, linewidth=1.9 if main else 1.1, marker=marker,
+        markersize=4.4 if main else 3.6, markerfacecolor=PAPER if hollow else colour, markeredgewidth=0.8,
+        zorder=3 if main else 2, **more,
+    )  # fmt: skip
 
 
 def spread(heights: Sequence[float], gap: float, low: float = 0.0, high: float = 1.0) -> list[float]:
@@ -103,8 +144,6 @@ def spread(heights: Sequence[float], gap: float, low: float = 0.0, high: float =
 
 def _direct_labels(axes: Axes, ends: Mapping[str, tuple[float, float]]) -> None:
     """Names at the right edge, each joined to the end (x, y) of its line."""
-    from matplotlib.transforms import blended_transform_factory
-
     ends = dict(list(ends.items())[:LABELS])
     to_axes = axes.transData + axes.transAxes.inverted()
     starts = {name: to_axes.transform(end) for name, end in ends.items()}
@@ -112,15 +151,17 @@ def _direct_labels(axes: Axes, ends: Mapping[str, tuple[float, float]]) -> None:
     gap = size * 1.25 / (axes.get_position().height * TALL * 72)
     heights = spread([float(y) for _, y in starts.values()], gap, -0.02, 1.02)
     for (name, (x, y)), height in zip(starts.items(), heights, strict=True):
-        colour, dash = style(name)
         axes.plot(
-            (x + 0.008, 1.025, 1.045), (y, height, height),
-            transform=axes.transAxes, color=colour, linewidth=0.7, linestyle=dash, clip_on=False,
+            (x + 0.008, 1.03), (y, height),
+            transform=axes.transAxes, color=style(name).colour, linewidth=0.6, clip_on=False,
+        )  # fmt: skip
+        _line(
+            axes, name, (1.03, 1.065, 1.10), (height,) * 3, False,
+            transform=axes.transAxes, clip_on=False, markevery=(1, 2),
         )  # fmt: skip
         axes.text(
-            1.055, height, plain(name, 13), color=INK, fontsize=size, va="center",
-            weight="bold" if name in ORDER[:2] else "normal",
-            transform=blended_transform_factory(axes.transAxes, axes.transAxes),
+            1.115, height, plain(name, NAME), color=INK, fontsize=size, va="center",
+            weight="bold" if name in ORDER[:2] else "normal", transform=axes.transAxes,
         )  # fmt: skip
 
 
@@ -128,12 +169,13 @@ def _budget_axis(axes: Axes, grid: Grid, budgets: Sequence[str]) -> None:
     places = [grid.position[b] for b in budgets]
     axes.set_xscale("log")
     axes.minorticks_off()
-    shown, last = [], -math.inf
     span = math.log(max(places) / min(places)) or 1.0
+    shown: list[tuple[float, str]] = []
     for budget, place in zip(budgets, places, strict=True):
-        if (math.log(place) - last) / span >= 0.07:
-            shown.append((place, plain(budget, 10)))
-            last = math.log(place)
+        label = plain(budget, 10)
+        wide = 0.01 + 0.0087 * (len(label) + len(shown[-1][1])) if shown else 0.0  # of the axis, at 8 points
+        if not shown or math.log(place / shown[-1][0]) / span >= wide:
+            shown.append((place, label))
     axes.set_xticks([p for p, _ in shown], [t for _, t in shown])
     axes.set_xlim(min(places) / math.exp(0.04 * span), max(places) * math.exp(0.02 * span))
 
@@ -144,80 +186,63 @@ def drawable(grid: Grid) -> list[str]:
     return [b for b in grid.budgets if b in has and grid.position[b] > 0]
 
 
-def _metric_lines(axes: Axes, grid: Grid, scale: float) -> dict[str, tuple[float, float]]:
-    """Draws mean and standard deviation of every schedule; returns the ends of the lines."""
+def budget_curve(grid: Grid) -> bytes:
+    """The metric (%) against the budget, a line per schedule, a band of one standard deviation over seeds, and where
+    90% of the best full-budget mean lies (Figure 1 of the paper)."""
+    figure, axes = _axes()
     budgets, ends = drawable(grid), {}
-    crowd = len(grid.schedules) > 6
+    crowd, banded, lowest = len(grid.schedules) > 6, False, math.inf
     for schedule in reversed(grid.schedules):
         found = [(grid.position[b], grid.squares[schedule, b].summary) for b in budgets]
         found = [(x, s) for x, s in found if s.n]
         if not found:
             continue
         x = np.array([x for x, _ in found])
-        mean = scale * np.array([s.mean for _, s in found])
-        std = scale * np.array([0.0 if math.isnan(s.std) else s.std for _, s in found])
-        colour, dash = style(schedule)
+        mean = 100 * np.array([s.mean for _, s in found])
+        std = 100 * np.array([0.0 if math.isnan(s.std) else s.std for _, s in found])
         main = schedule in ORDER[:2] or not crowd
-        axes.plot(
-            x, mean, dash, color=colour, linewidth=1.9 if main else 1.1, marker="o", markersize=3.6 if main else 2.4
-        )
-        if main:
-            axes.fill_between(x, mean - std, mean + std, color=colour, alpha=0.18, linewidth=0)
+        _line(axes, schedule, x, mean, main)
+        if main and std.any():
+            axes.fill_between(x, mean - std, mean + std, color=style(schedule).colour, alpha=0.18, linewidth=0)
+            banded = True
         ends[schedule] = (float(x[-1]), float(mean[-1]))
-    return dict(reversed(ends.items()))
-
-
-def budget_curve(grid: Grid) -> bytes:
-    """The metric (%) against the budget, a line per schedule, a band of one standard deviation over seeds."""
-    figure, axes = _axes()
-    ends = _metric_lines(axes, grid, 100.0)
-    _budget_axis(axes, grid, drawable(grid))
-    _name(axes, AXES[grid.family], f"{plain(grid.metric)}, %")
-    _direct_labels(axes, ends)
-    return png(figure)
-
-
-def relative_curve(grid: Grid) -> bytes:
-    """The same relative to the best full-budget mean, with the 90% line (Figure 1 of the paper)."""
-    full = full_value(grid)
-    assert full is not None
-    figure, axes = _axes()
-    ends = _metric_lines(axes, grid, 100.0 / full)
-    axes.axhline(90, color=MUTED, linewidth=0.9, dashes=(4, 3))
-    _budget_axis(axes, grid, drawable(grid))
-    axes.text(axes.get_xlim()[0], 90.6, " 90%", color=MUTED, fontsize=8, va="bottom")
-    _name(axes, AXES[grid.family], f"{plain(grid.metric)}, % of the best full-budget mean")
-    _direct_labels(axes, ends)
+        lowest = min(lowest, float(mean.min()))
+    _budget_axis(axes, grid, budgets)
+    if (full := full_value(grid)) and lowest < 90 * full:
+        axes.axhline(90 * full, color=MUTED, linewidth=0.9, dashes=(4, 3))
+        axes.text(
+            0.99, 90 * full, "90% of the best full-budget mean", transform=axes.get_yaxis_transform(),
+            color=MUTED, fontsize=8, ha="right", va="top",
+        )  # fmt: skip
+    band = " (band: one standard deviation)" if banded else ""
+    _name(axes, AXES[grid.family], f"{plain(grid.metric)}, %{band}")
+    _direct_labels(axes, dict(reversed(ends.items())))
     return png(figure)
 
 
 def gain_curve(grid: Grid) -> bytes:
-    """Paired difference to `step` in percentage points against the budget; a band is a 95% interval of the mean."""
+    """Paired difference to `step` in percentage points against the budget; a band is a 95% interval of the mean.
+
+    Two seeds have no band: their interval, in the table, is 12.7 standard errors wide and would flatten all else.
+    """
     figure, axes = _axes()
-    budgets, ends, seen = drawable(grid), {}, [0.0]
+    budgets, ends = drawable(grid), {}
     crowd, banded = len(grid.schedules) > 6, False
-    axes.axhline(0, color=style(PAIR[1])[0], linewidth=1.9)
+    axes.axhline(0, color=style(PAIR[1]).colour, linewidth=1.9)
     for schedule in reversed([s for s in grid.schedules if s != PAIR[1]]):
         verdict = compare(grid, schedule)
         found = [(grid.position[b], d) for b in budgets if verdict and (d := verdict.differences.get(b))]
         if not found:
             continue
         x, mean = np.array([x for x, _ in found]), 100 * np.array([d.mean for _, d in found])
-        colour, dash = style(schedule)
-        main = schedule == PAIR[0] or not crowd
-        axes.plot(
-            x, mean, dash, color=colour, linewidth=1.9 if main else 1.1, marker="o", markersize=3.6 if main else 2.4
-        )
-        seen += [float(mean.min()), float(mean.max())]
+        _line(axes, schedule, x, mean, schedule == PAIR[0] or not crowd)
         if schedule == PAIR[0]:
-            low, high = (100 * np.array([getattr(d, end) for _, d in found]) for end in ("low", "high"))
-            axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+            ends_of = [(d.low, d.high) if d.n > 2 else (math.nan, math.nan) for _, d in found]
+            low, high = 100 * np.array(ends_of).T
+            axes.fill_between(x, low, high, color=style(schedule).colour, alpha=0.18, linewidth=0)
             banded = not np.isnan(low).all()
         ends[schedule] = (float(x[-1]), float(mean[-1]))
     ends[PAIR[1]] = (grid.position[budgets[-1]], 0.0)
-    low, high = axes.get_ylim()
-    span = max(seen) - min(seen) or 1.0  # the interval of two seeds is so wide that it may leave the picture
-    axes.set_ylim(max(low, min(seen) - 0.5 * span), min(high, max(seen) + 0.5 * span))
     _budget_axis(axes, grid, budgets)
     band = " (band: 95% interval)" if banded else ""
     _name(axes, AXES[grid.family], f"{plain(grid.metric)}, points above {PAIR[1]}{band}")
@@ -249,7 +274,7 @@ def loss_curve(curves: Mapping[str, Curve]) -> bytes:
 def _progress_curve(curves: Mapping[str, Curve], field: str, title: str) -> bytes:
     figure, axes = _axes()
     crowd, ends, seen = len(curves) > 6, {}, []
-    for schedule, curve in reversed(list(curves.items())):
+    for place, (schedule, curve) in reversed(list(enumerate(curves.items()))):
         x, y = np.array(curve.progress), np.array(getattr(curve, field), dtype=float)
         if field == "lr" and curve.rates:
             x, y = (np.array(values) for values in curve.rates)
@@ -259,9 +284,8 @@ def _progress_curve(curves: Mapping[str, Curve], field: str, title: str) -> byte
             x, y = _binned(x, y)
         if not x.size:
             continue
-        colour, dash = style(schedule)
         main = schedule in ORDER[:2] or not crowd
-        axes.plot(x, y, dash, color=colour, linewidth=1.8 if main else 1.1)
+        _line(axes, schedule, x, y, main, markevery=(0.12 * place / len(curves), 0.12))  # markers beside each other
         ends[schedule] = (float(x[-1]), float(y[-1]))
         seen.append(y)
     values = np.concatenate(seen) if seen else np.ones(1)
@@ -281,9 +305,10 @@ def heat_map(grid: Grid, rows: int = 40, columns: int = 14) -> bytes:
     """
     from matplotlib.colors import PowerNorm
 
-    schedules, budgets = grid.schedules[:rows], grid.budgets[:columns]
-    means = 100 * grid.means()[:rows, :columns]
-    gap = 100 * grid.gaps()[:rows, :columns]
+    finished = np.flatnonzero(~np.isnan(grid.means()).all(axis=1))[:rows]
+    schedules, budgets = [grid.schedules[k] for k in finished], grid.budgets[:columns]
+    means = 100 * grid.means()[finished, :columns]
+    gap = 100 * grid.gaps()[finished, :columns]
     best = {budget: grid.best(budget) for budget in budgets}
     figure, axes = _axes(height=1.15 + 0.235 * len(schedules), right=0.86)
     box = axes.get_position()
@@ -310,7 +335,7 @@ def heat_map(grid: Grid, rows: int = 40, columns: int = 14) -> bytes:
     axes.invert_yaxis()
     axes.grid(False)
     axes.set_xticks(np.arange(len(budgets)) + 0.5, [plain(b, 10) for b in budgets])
-    axes.set_yticks(np.arange(len(schedules)) + 0.5, [plain(s, 14) for s in schedules])
+    axes.set_yticks(np.arange(len(schedules)) + 0.5, [plain(s, NAME) for s in schedules])
     axes.tick_params(length=0, labelcolor=INK)
     for spine in axes.spines.values():
         spine.set_visible(False)

@@ -126,9 +126,7 @@ def _jobs(grid: Grid, budget: str, curves: dict[str, Curve]) -> Iterator[tuple[s
         yield "budget", f"{what} against the budget, a line per schedule", plots.budget_curve, grid
         if any(tables.compare(grid, s) for s in grid.schedules if s != tables.PAIR[1]):
             yield "gain", f"{what} above step, paired over seeds", plots.gain_curve, grid
-        if tables.full_value(grid) is not None:
-            yield "relative", f"{what} relative to the full budget", plots.relative_curve, grid
-    if budgets and len(grid.schedules) > 1:
+    if budgets and len(grid.schedules) > 2:  # of two the table says as much
         yield "heat", f"{what}: schedule by budget", plots.heat_map, grid
     if curves:
         where = f"{grid.title} at {budget}"

@@ -99,7 +99,7 @@ def test_a_budget_with_nothing_to_compare_leaves_the_ranks_alone(pair):
     assert [grid.ranks()[s] for s in ("linear", "step")] == [1.5, 1.5] and math.isnan(grid.ranks()["rex"])
 
 
-@pytest.mark.parametrize("seeds, said", [(1, ""), (2, " (band: 95% interval)")])
+@pytest.mark.parametrize("seeds, said", [(1, ""), (2, ""), (3, " (band: 95% interval)")])
 def test_a_band_is_named_where_there_is_one(tmp_path, monkeypatch, seeds, said):
     for seed in range(seeds):
         for budget in ("5%", "100%"):
@@ -288,7 +288,7 @@ def test_altered_runs_have_a_grid_of_their_own(variant):
     page = index.read_text()
     assert page.count("task.model mine (resnet18_cifar)") == 1 and "44.00 ± 1.41" in page
     kinds = {p.stem.split("-")[-1] for p in index.parent.glob("*.png")}
-    assert kinds == {"budget", "gain", "relative", "heat", "lr", "loss"}
+    assert kinds == {"budget", "gain", "lr", "loss"}  # a heat map of two schedules would repeat the table
     assert "data.subset 5000 (null)" in text(report.render_terminal(variant))
 
 
@@ -671,7 +671,7 @@ def test_the_page_is_self_contained(pair):
     assert "default-src 'none'" in page and "http" not in page.replace("http-equiv", "")
     assert not [name for name in parsed.attributes if name.startswith("on") or name == "style"]
     kinds = {p.stem.split("-")[-1] for p in index.parent.glob("*.png")}
-    assert kinds == {"budget", "gain", "relative", "heat", "lr", "loss"}
+    assert kinds == {"budget", "gain", "heat", "lr", "loss"}
     assert (index.parent / "table.md").is_file() and (index.parent / "table.csv").is_file()
 
 
@@ -746,9 +746,77 @@ def test_building_twice_gives_the_same_bytes(pair):
 
 
 def test_a_schedule_looks_the_same_everywhere():
-    assert plots.style("linear") == (plots.BLUE, "-")
+    assert plots.style("linear") == (plots.BLUE, "-", "o", False)
     assert plots.style("mine") == plots.style("mine")
-    assert len({plots.style(s) for s in tables.ORDER}) == len(tables.ORDER)
+    assert {plots.style(f"onecycle pct_start=0.{k}").colour for k in range(9)} == {plots.ORANGE}
+
+
+def test_schedules_are_told_apart_without_colours():
+    names = [*tables.ORDER, "onecycle pct_start=0.3", "onecycle pct_start=0.45", "wsd fraction=0.1", "wsd fraction=0.3"]
+    assert set(tables.ORDER) <= set(plots.STYLE)
+    assert len({plots.style(name)[1:] for name in names}) == len(names)
+
+
+def boxes(monkeypatch, draws, data):
+    """What a picture shows and where: (whole picture in inches, its texts, its bands), before it becomes a PNG."""
+    from matplotlib.figure import Figure
+
+    kept = {}
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (kept.update(figure=self, **k), save(self, *a, **k)))
+    draws(data)
+    figure, axes = kept["figure"], kept["figure"].axes[0]
+    inches = figure.dpi_scale_trans.inverted()
+    texts = [*axes.texts, *axes.get_yticklabels(), *axes.get_xticklabels()]
+    return (
+        kept["bbox_inches"],
+        [(t.get_text(), t.get_window_extent().transformed(inches)) for t in texts],
+        [(b.get_datalim(axes.transData), axes.viewLim) for b in axes.collections if b.get_alpha()],
+    )
+
+
+@pytest.mark.parametrize("draws", [plots.budget_curve, plots.gain_curve, plots.heat_map])
+def test_a_name_with_constants_is_whole_and_inside_the_picture(pair, monkeypatch, draws):
+    name = "onecycle pct_start=0.45,low=0.05"
+    for seed in range(3):
+        for budget in ("5%", "100%"):
+            write_run(pair, run("imagenet", "onecycle", budget, seed, 0.5) | {"schedule": name})
+    (grid,), _ = tables.grids(scan(pair))
+    whole, texts, _ = boxes(monkeypatch, draws, grid)
+    (box,) = (box for said, box in texts if said == name)
+    assert whole.x0 <= box.x0 and box.x1 <= whole.x1 and whole.y0 <= box.y0 and box.y1 <= whole.y1
+
+
+@pytest.mark.parametrize("draws", [plots.budget_curve, plots.gain_curve])
+def test_bands_stay_inside_the_axes(tmp_path, monkeypatch, draws):
+    for seed, shift in enumerate((-0.1, 0.0, 0.1)):  # an interval far wider than the difference
+        for budget in ("5%", "100%"):
+            put(tmp_path, "imagenet", "linear", budget, seed, 0.51 + shift)
+            put(tmp_path, "imagenet", "step", budget, seed, 0.5)
+    (grid,), _ = tables.grids(scan(tmp_path))
+    _, _, bands = boxes(monkeypatch, draws, grid)
+    assert bands and all(view.y0 <= band.y0 and band.y1 <= view.y1 for band, view in bands)
+
+
+@pytest.mark.parametrize("amounts", [[f"{k}00it" for k in range(1, 40)], [f"{k}%" for k in (1, 5, 10, 25, 50, 100)]])
+def test_budgets_on_the_axis_do_not_touch(tmp_path, monkeypatch, amounts):
+    for written in amounts:
+        data = run("imagenet", "linear", "10%", 0, 0.5)
+        iterations = int(amount(written)[1] * 500_400) if "%" in written else int(written[:-2])
+        data["budget"] |= {"amount": written, "fraction": iterations / 500_400, "iterations": iterations}
+        write_run(tmp_path, data | {"iterations_done": iterations, "samples_seen": 256 * iterations})
+    (grid,), _ = tables.grids(scan(tmp_path))
+    _, texts, _ = boxes(monkeypatch, plots.budget_curve, grid)
+    ticks = sorted(((box.x0, box.x1) for said, box in texts if said in amounts), key=lambda ends: ends[0])
+    assert len(ticks) > 3 and all(a[1] < b[0] for a, b in zip(ticks, ticks[1:], strict=False))
+    assert "%" not in amounts[0] or len(ticks) == len(amounts)
+
+
+def test_the_heat_map_has_no_row_of_failed_tries(pair, monkeypatch):
+    put(pair, "imagenet", "cosine", "5%", 0, 0.5)
+    state(pair, "imagenet/rex/5%/s0", state="failed", error="boom")
+    _, texts, _ = boxes(monkeypatch, plots.heat_map, tables.grids(scan(pair))[0][0])
+    assert {"linear", "cosine"} <= {said for said, _ in texts} and "rex" not in {said for said, _ in texts}
 
 
 def test_labels_move_apart_in_order():
