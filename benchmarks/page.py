@@ -296,15 +296,15 @@ def _more(total: int) -> Html:
     return tag("p", f"{total - LISTED:,} more are not listed here.", cls="note") if total > LISTED else Html("")
 
 
-def entry_section(title: str, intro: str, entries: Sequence[Entry], out: Path) -> Html:
-    """A list of directories with their state and why."""
+def entry_section(title: str, intro: str, entries: Sequence[Entry], out: Path, last: str = "why") -> Html:
+    """A list of directories with their state and why, or what else the last column is."""
     rows = []
     for e in entries[:LISTED]:
         step, total = e.progress.get("step"), e.progress.get("total")
         where = clean(e.path.relative_to(out) if e.path.is_relative_to(out) else e.path)
         done = "—" if step is None or not total else f"{step:,} of {total:,}"
         rows.append(tag("tr", tag("th", where, scope="row"), *[tag("td", v) for v in (e.state, done, e.note or "—")]))
-    table = _scroll(tag("table", _head(["directory", "state", "iterations", "why"]), tag("tbody", *rows), cls="list"))
+    table = _scroll(tag("table", _head(["directory", "state", "iterations", last]), tag("tbody", *rows), cls="list"))
     return tag(
         "section", tag("h2", f"{title} ({len(entries):,})"), tag("p", intro, cls="meta"), table, _more(len(entries))
     )

@@ -28,7 +28,12 @@ ELSEWHERE = (
     "These lie deeper than <task>/<schedule>/<budget>/s<seed>: copies, or runs of another directory. They count "
     "nowhere here; mode=report out=DIR with their own directory reports them."
 )
+MISSING = (
+    "Sweeps asked for these and there is nothing of them: the same sweep command launches them. What was dropped on "
+    "purpose counts as missing until the cells.json that asked for it is deleted."
+)
 DRAWN = 10  # tasks with pictures; every task has its tables
+ASKING = 3  # files named below a table
 CURVES = 15  # schedules in the pictures of learning rate and loss
 
 
@@ -56,6 +61,12 @@ class Survey:
             states["missing"] if recorded else sum(q.missing for g in self.grids for q in g.squares.values())
         )
         return counts
+
+    @property
+    def asking(self) -> list[str]:
+        """The notes of what is missing, each once: the files that ask for it. The first few, the rest counted."""
+        notes = sorted({e.note for e in self.entries if e.state == "missing"})
+        return notes[:ASKING] + ([f"{len(notes) - ASKING} more that index.html names"] if len(notes) > ASKING else [])
 
     @property
     def headline(self) -> str:
@@ -171,13 +182,15 @@ def to_html(found: Survey, pictures: dict[int, list[page.Picture]], skipped: int
     broken = [e for e in found.entries if e.state == "unreadable"]
     order = {"failed": 0, "died": 1, "running": 2, "partial": 3}
     if stopped:
-        intro = "Run the same sweep again to continue these: finished cells are left out."
+        intro = (
+            "Run the same sweep again to continue these: finished cells are left out. A schedule that no sweep asked "
+            "for and whose runs all failed is in no table."
+        )
         body.append(page.entry_section("Unfinished", intro, sorted(stopped, key=lambda e: order[e.state]), found.out))
     if broken:
         body.append(page.entry_section("Unreadable", "These files count nowhere.", broken, found.out))
     if asked := [e for e in found.entries if e.state == "missing"]:
-        intro = "Sweeps asked for these and there is nothing of them: the same sweep command launches them."
-        body.append(page.entry_section("Missing", intro, asked, found.out))
+        body.append(page.entry_section("Missing", MISSING, asked, found.out, "asked for by"))
     if found.elsewhere:
         body.append(page.entry_section("Elsewhere", ELSEWHERE, found.elsewhere, found.out))
     body.append(_colophon(found, skipped, max(0, sum(len(plots.drawable(g)) > 1 for g in found.grids) - DRAWN)))
@@ -242,6 +255,8 @@ def markdown(found: Survey) -> str:
             " ".join(_md(line, 1000) for line in (page.unit_text(grid), *page.sources(grid))),
             "",
         ]
+    if files := found.asking:
+        lines += [f"{_md(MISSING, 1000)} Here: {', '.join(map(_md, files))}.", ""]
     if broken := found.counts["unreadable"]:
         lines += [f"{broken:,} unreadable results count nowhere; index.html lists them.", ""]
     if found.elsewhere:
@@ -364,6 +379,8 @@ def render_terminal(out: Path, found: Survey | None = None) -> Group:
         departs = [Text(clean(", ".join(map(str, grid.departures)), 1000), style="dim")] if grid.departures else []
         known = [Text(" ".join(lines), style="dim")] if (lines := page.sources(grid)) else []
         parts += [Text(""), Text(title, style="italic"), *departs, table, *known]
+    if files := found.asking:
+        parts += [Text(""), Text(f"{MISSING} Here: {', '.join(files)}.", style="dim")]
     if found.elsewhere:
         parts += [Text(""), Text(f"{len(found.elsewhere):,} deeper directories count nowhere.", style="dim")]
     return Group(*parts)

@@ -30,6 +30,7 @@ FAMILY = {
 }  # every other unit is a fraction of the full run
 SWEEPS = ".sweep"  # tasks/submission.py writes <out>/.sweep/<id>/cells.json; importing it would take hydra along
 MAX_SWEEP_BYTES, MAX_ASKED = 32 << 20, 100_000  # of one cells.json, some 2 KB a cell; cells over all of them
+MOST_NAMED = 5  # sweeps beside a missing cell
 DEPTH = 4  # <task>/<schedule>/<budget>/s<seed> below `out`
 SEED = re.compile(r"s(\d{1,9})(?:-([0-9a-f]{6}))?")
 
@@ -341,12 +342,14 @@ def scan(out: Path) -> list[Entry]:
     return entries
 
 
-def asked(out: Path) -> dict[Cell, dict[str, Any]]:
-    """What the sweeps under `out` asked for, by cell, as their cells.json say: {words, recipe, ...}, unchecked.
+def asked(out: Path) -> tuple[dict[Cell, dict[str, Any]], dict[Cell, list[str]]]:
+    """What the sweeps under `out` asked for, by cell, as their cells.json say: {words, recipe, ...}, unchecked; and
+    the names of the sweeps that did.
 
     A sweep records the cells that it launched; those already done are not among them.
     """
     found: dict[Cell, dict[str, Any]] = {}
+    sweeps: dict[Cell, list[str]] = {}
     for path in sorted((Path(out) / SWEEPS).glob("*/cells.json")):
         try:
             cells = load(path, MAX_SWEEP_BYTES).get("cells")
@@ -356,7 +359,8 @@ def asked(out: Path) -> dict[Cell, dict[str, Any]]:
         for one in cells if isinstance(cells, list) else ():
             if (cell := _asked_cell(one)) and len(found) < MAX_ASKED:
                 found[cell] = one
-    return found
+                sweeps.setdefault(cell, []).append(path.parent.name)
+    return found, sweeps
 
 
 def _asked_cell(record: object) -> Cell | None:
@@ -377,15 +381,27 @@ def _asked_cell(record: object) -> Cell | None:
 
 def with_missing(entries: list[Entry], out: Path) -> list[Entry]:
     """The entries, those that a sweep asked for marked, and one more for each that was asked for and is not there."""
-    wanted = asked(out)
+    wanted, sweeps = asked(out)
     for entry in entries:
         if wanted.pop(entry.cell, None) is not None:
             entry.asked = {}
     names = ((cell, f"s{cell.seed}" + (f"-{cell.suffix}" if cell.suffix else "")) for cell in wanted)
     return entries + [
-        Entry(Path(out) / cell.task / cell.schedule / cell.budget / name, cell, "missing", asked=wanted[cell])
+        Entry(
+            Path(out) / cell.task / cell.schedule / cell.budget / name,
+            cell,
+            "missing",
+            note=_who_asked(sweeps[cell]),
+            asked=wanted[cell],
+        )
         for cell, name in names
     ]
+
+
+def _who_asked(sweeps: list[str]) -> str:
+    """The files that keep a cell missing, as long as they are there."""
+    files = [f"{SWEEPS}/{clean(name, 60)}/cells.json" for name in sweeps[:MOST_NAMED]]
+    return ", ".join(files) + (f" and {len(sweeps) - MOST_NAMED} more" if len(sweeps) > MOST_NAMED else "")
 
 
 def _discard(entry: Entry, why: str) -> None:

@@ -147,15 +147,24 @@ def grids(entries: Iterable[Entry]) -> tuple[list[Grid], list[Entry]]:
 
     Runs are pooled by what departs from the named recipe, apart from schedule, budget and seed. Named recipes come
     first; among them and among the altered ones tasks with real data, then by name. Where sweeps say what was asked
-    for, each square expects that and what is there; else every seed of its grid.
+    for, each square expects that and what is there; else every seed that
+    finished in its grid. A schedule that was only tried, and failed, has no row.
     """
     entries = list(entries)
     recorded = any(e.asked is not None for e in entries)
     groups, left = by_recipe(entries)
     made = []
     for task, departures in sorted(groups, key=lambda key: (bool(key[1]), _place(key[0]), key[1])):
-        made += _recipe_grids(task, departures, groups[task, departures], recorded)
+        if rows := _without_tries(groups[task, departures]):
+            made += _recipe_grids(task, departures, rows, recorded)
     return made, left
+
+
+def _without_tries(entries: list[Entry]) -> list[Entry]:
+    """The entries, but not those of a schedule all of whose runs failed and that no sweep asked for."""
+    tried = {e.cell.schedule for e in entries}
+    tried -= {e.cell.schedule for e in entries if e.state not in ("failed", "died") or e.asked is not None}
+    return [e for e in entries if e.cell.schedule not in tried]
 
 
 def _place(task: str) -> tuple[bool, int, str]:
@@ -195,6 +204,7 @@ def _grid(
 ) -> Grid:
     optimizer, metric, rule = recipe
     squares: dict[tuple[str, str], Square] = defaultdict(Square)
+    expected = {e.cell.seed for e in entries if e.result or e.asked is not None}  # a failed try asks nothing of others
     for entry in entries:
         square = squares[entry.cell.schedule, entry.cell.budget]
         if entry.state != "unreadable" or entry.asked is not None:
@@ -217,10 +227,10 @@ def _grid(
             if family == "fraction" and not departures:
                 clips = [n or 0 for n in _clips(square.runs)]
                 square.published = beside(task, optimizer, schedule, budget, metric, min(clips, default=None))
-    seeds = sorted(set().union(*(q.seeds for q in squares.values())))
+    seeds = sorted(expected or set().union(*(q.seeds for q in squares.values())))
     if not recorded:
         for square in squares.values():
-            square.seeds = set(seeds)
+            square.seeds = set(seeds) | square.begun
     grid = Grid(task, optimizer, metric, rule, family, schedules, budgets, position, seeds, dict(squares), departures)
     grid.schedules = _by_rank(grid)
     return grid

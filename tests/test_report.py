@@ -600,6 +600,40 @@ def test_what_nobody_asked_for_is_not_missing(pair):
     ]  # fmt: skip
 
 
+def test_a_cell_dropped_on_purpose_is_missing_until_the_named_file_is_gone(pair):
+    asked(pair, "imagenet/linear/5%/s0", "imagenet/rex/1%/s0", sweep="20270101-a")
+    asked(pair, "imagenet/rex/1%/s0", sweep="20270102-b")
+    (missing,) = (e for e in report.survey(pair).entries if e.state == "missing")
+    files = [".sweep/20270101-a/cells.json", ".sweep/20270102-b/cells.json"]
+    assert missing.note == ", ".join(files)
+    shown = (report.build(pair).read_text(), report.markdown(report.survey(pair)), text(report.render_terminal(pair)))
+    assert all(file in said and "until the cells.json that asked for it is deleted" in said
+               for said in (" ".join(one.split()) for one in shown) for file in files)  # fmt: skip
+    for file in files:
+        (pair / file).unlink()
+    assert report.survey(pair).counts["missing"] == 0 and "cells.json" not in report.build(pair).read_text()
+
+
+def test_a_failed_try_leaves_the_tables_as_they_were(pair):
+    before = report.markdown(report.survey(pair)).splitlines()
+    state(pair, "imagenet/exp/5%/s0", state="failed", error="boom")
+    state(pair, "imagenet/step/5%/s7", state="failed", error="boom")
+    found = report.survey(pair)
+    after = report.markdown(found).splitlines()
+    assert [a for a, b in zip(after, before, strict=True) if a != b] == [
+        "12 done, 2 failed",
+        "| step | 50.00 ± 1.00 (3/4, 1 failed)<br>paper 51.94 ± 0.48 | **70.00 ± 1.00**<br>paper 69.34 ± 0.18 |",
+    ]
+    page = report.build(pair).read_text()
+    assert "Unfinished (2)" in page and "imagenet/exp/5%/s0" in page and found.counts["missing"] == 0
+
+
+def test_a_failed_cell_that_a_sweep_asked_for_keeps_its_row(pair):
+    asked(pair, "imagenet/exp/5%/s0")
+    state(pair, "imagenet/exp/5%/s0", state="failed", error="boom")
+    assert "| exp | — (0/1, 1 failed) | — |" in report.markdown(report.survey(pair))
+
+
 def test_a_missing_cell_that_lies_elsewhere_or_is_unreadable(pair):
     asked(pair, "imagenet/linear/5%/s0", "imagenet/linear/5%/s1", "imagenet/step/5%/s0")
     shutil.copytree(pair / "imagenet/linear/5%/s0", pair / "backup/imagenet/linear/5%/s0")
