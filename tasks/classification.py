@@ -31,7 +31,6 @@ class Classification(Native):
         task = self.cfg["task"]
         model = build_model(task["model"], self.classes, task["weights"])
         if task["weights"] != "none" and not _is_enum(task["model"], task["weights"]):
-            refuse_slip(task["model"], task["weights"])
             load_weights(model, task["weights"])
         return model
 
@@ -229,10 +228,3 @@ def build_model(name: str, classes: int, weights: str = "none") -> nn.Module:
 
 def _is_enum(name: str, weights: str) -> bool:
     return name not in SMALL and weights in models.get_model_weights(name).__members__
-
-
-def refuse_slip(name: str, weights: str) -> None:
-    """Raise UserError, with the nearest, for weights that are neither torchvision's for this model nor a file."""
-    known = [] if name in SMALL else list(models.get_model_weights(name).__members__)
-    if known and "://" not in weights and not Path(weights).expanduser().exists():
-        raise UserError(f"task.weights={weights}: no such file, nor weights of {name}; {nearest(weights, known)}")

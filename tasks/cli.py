@@ -28,7 +28,7 @@ from budgeted.errors import UserError, nearest
 from budgeted.files import read_json
 from budgeted.recipe import Config, Recipe, known_key, resolve, same_types, validate
 from budgeted.schedules import SCHEDULES
-from tasks import compat, layouts, zoo
+from tasks import compat, layouts, weights, zoo
 
 log = logging.getLogger("budgeted")
 
@@ -259,7 +259,7 @@ def _check_out(out: str) -> None:
 
 def _check_model(cfg: Config) -> None:
     """What can be told of a model and its weights without importing torch; an absent package is named later."""
-    adapter, model, weights = cfg["task"]["adapter"], cfg["task"]["model"], cfg["task"]["weights"]
+    adapter, model = cfg["task"]["adapter"], cfg["task"]["model"]
     if adapter == "detection":
         zoo.check(cfg)
     elif adapter == "segmentation":
@@ -267,10 +267,7 @@ def _check_model(cfg: Config) -> None:
             compat.mmseg_config(model)
     elif (known := compat.model_names(adapter)) and model not in known:
         raise UserError(f"task.model={model}: no such model; {nearest(model, known)}")
-    named = weights == "none" or "://" in weights  # or one of torchvision's enums, such as IMAGENET1K_V1
-    named |= adapter == "classification" and "/" not in weights and not Path(weights).suffix
-    if not named and not Path(weights).expanduser().is_file():
-        raise UserError(f"task.weights={weights}: no such file; give a path, or none")
+    weights.address(cfg)
 
 
 def _nominal(cfg: Config) -> layouts.Data | None:

@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -60,6 +61,7 @@ def _known(weights: str, name: str, places: Mapping[str, str], what: str) -> str
     return places.get(name)
 
 
+@cache
 def of_torchvision(model: str) -> dict[str, str]:
     """Name -> address of torchvision's weights of a model, read off its file; none where there is no such model."""
     spec = importlib.util.find_spec("torchvision")
@@ -82,10 +84,11 @@ def _of_openmmlab(scheme: str) -> dict[str, str]:
     found = _openmmlab(OPENMMLAB[scheme])
     own = Path(os.environ.get("MMENGINE_HOME") or _cache("mmengine")).expanduser() / "open_mmlab.json"
     if found and scheme != "mmcls" and own.is_file():
-        found |= json.loads(own.read_text())
+        found = found | json.loads(own.read_text())
     return {name: place for name, place in found.items() if place}
 
 
+@cache
 def _openmmlab(name: str) -> dict[str, str]:
     spec = importlib.util.find_spec("mmengine")
     return json.loads((Path(spec.origin).parent / f"hub/{name}.json").read_text()) if spec and spec.origin else {}

@@ -3,10 +3,8 @@
 from types import SimpleNamespace
 
 import numpy as np
-import pytest
 import torch
 
-from budgeted.errors import UserError
 from tasks import classification, cli, layouts
 
 
@@ -14,19 +12,6 @@ def adapter(root, *words):
     cfg = cli.configuration(("task=cifar10", f"data.root={root}", *words))
     data = SimpleNamespace(root=root, classes=("x",) * 10)
     return classification.Classification(cfg, data, torch.device("cpu"))
-
-
-@pytest.mark.parametrize(
-    ("model", "weights", "words"),
-    [
-        ("resnet18", "IMAGENET1K_V9", "no such file, nor weights of resnet18; did you mean 'IMAGENET1K_V1'"),
-        ("resnet50", "imagenet", "no such file, nor weights of resnet50; known: DEFAULT, IMAGENET1K_V1, IMAGENET1K_V2"),
-        ("resnet20", "IMAGENET1K_V1", "no such file; give a path, or none"),
-    ],
-)
-def test_weights_that_a_model_has_not(tmp_path, model, weights, words):
-    with pytest.raises(UserError, match=words):
-        adapter(tmp_path, f"task.model={model}", f"task.weights={weights}").make_model()
 
 
 def test_weights_from_a_file_without_a_suffix(tmp_path):
