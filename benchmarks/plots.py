@@ -208,14 +208,11 @@ def budget_curve(grid: Grid) -> bytes:
         ends[schedule] = (float(x[-1]), float(mean[-1]))
         lowest = min(lowest, float(mean.min()))
     _budget_axis(axes, grid, budgets)
+    notes = ["band: ± std"] * banded
     if (full := full_value(grid)) and lowest < 90 * full:
         axes.axhline(90 * full, color=MUTED, linewidth=0.9, dashes=(4, 3))
-        axes.text(
-            0.99, 90 * full, "90% of the best full-budget mean", transform=axes.get_yaxis_transform(),
-            color=MUTED, fontsize=8, ha="right", va="top",
-        )  # fmt: skip
-    band = " (band: one standard deviation)" if banded else ""
-    _name(axes, AXES[grid.family], f"{plain(grid.metric)}, %{band}")
+        notes.append("dashed: 90% of the best at 100%")
+    _name(axes, AXES[grid.family], f"{plain(grid.metric)}, %" + (f" ({'; '.join(notes)})" if notes else ""))
     _direct_labels(axes, dict(reversed(ends.items())))
     return png(figure)
 
@@ -285,7 +282,8 @@ def _progress_curve(curves: Mapping[str, Curve], field: str, title: str) -> byte
         if not x.size:
             continue
         main = schedule in ORDER[:2] or not crowd
-        _line(axes, schedule, x, y, main, markevery=(0.12 * place / len(curves), 0.12))  # markers beside each other
+        every = max(1, len(x) // 8)
+        _line(axes, schedule, x, y, main, markevery=(every * place // len(curves), every))  # beside each other
         ends[schedule] = (float(x[-1]), float(y[-1]))
         seen.append(y)
     values = np.concatenate(seen) if seen else np.ones(1)
