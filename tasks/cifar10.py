@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pickle
 import zipfile
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.folder import Data, some, wrong
+from tasks.folder import Data, digest_of, some, tally, wrong
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,7 +25,7 @@ def is_cifar10(root: Path) -> bool:
 
 
 def summary(name: str, root: Path) -> Data:
-    """Counts and classes, from the files' names and the arrays' headers. Raises UserError."""
+    """Counts and classes, from the files' names, the arrays' headers and the labels. Raises UserError."""
     archive = root / "cifar10.npz"
     if archive.is_file():
         shapes = _npz_shapes(root, archive)
@@ -36,7 +37,30 @@ def summary(name: str, root: Path) -> Data:
         lost = [f for f in BATCHES if not (_batches(root) / f).is_file()]
         if lost:
             raise wrong(root, f"cifar-10-batches-py lacks {some(lost)}", "unpack cifar-10-python.tar.gz again")
-    return Data(name, root, TRAIN - HELD_OUT, HELD_OUT, CLASSES)
+    labels = _train_labels(root)
+    tallies = [tally(CLASSES, labels[rows].tolist()) for rows in _split(len(labels))]
+    return Data(name, root, TRAIN - HELD_OUT, HELD_OUT, CLASSES, digest=digest_of(CLASSES, *tallies))
+
+
+def _train_labels(root: Path) -> np.ndarray:
+    """The labels of the images for training, those held out among them, in the files' order."""
+    import numpy as np
+
+    if not (root / "cifar10.npz").is_file():
+        return np.concatenate([_batch(root, file)[1] for file in BATCHES[:5]])
+    try:
+        with np.load(root / "cifar10.npz", allow_pickle=False) as file:
+            return file["train_y"]
+    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError) as error:
+        raise wrong(root, f"cifar10.npz cannot be read ({error})", "build it again with get_cifar10.py") from None
+
+
+def _split(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which of the images for training stay for it, and which one fixed permutation holds out."""
+    import numpy as np
+
+    order = np.random.default_rng(0).permutation(count)
+    return np.sort(order[HELD_OUT:]), np.sort(order[:HELD_OUT])
 
 
 def _batches(root: Path) -> Path:
@@ -81,8 +105,7 @@ def cifar10(root: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         parts = [_batch(root, f) for f in BATCHES]
         x, y = (np.concatenate(column) for column in zip(*parts[:5], strict=True))
         test_x, test_y = parts[5]
-    order = np.random.default_rng(0).permutation(len(x))
-    val, train = np.sort(order[:HELD_OUT]), np.sort(order[HELD_OUT:])
+    train, val = _split(len(x))
     y, test_y = y.astype(np.int64), test_y.astype(np.int64)
     return {"train": (x[train], y[train]), "val": (x[val], y[val]), "test": (test_x, test_y)}
 

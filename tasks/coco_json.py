@@ -9,14 +9,16 @@ import json
 import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from tasks.folder import SPLITS, Data, names, near, refuse_outside, some, wrong
+from tasks.folder import SPLITS, Data, digest_of, names, near, refuse_outside, some, wrong
 
 log = logging.getLogger("budgeted")
-KEPT = {"images", "annotated", "classes", "masked", "degenerate", "without_area", "without_mask"}  # of a json
+# What is kept of a json.
+KEPT = {"images", "annotated", "classes", "objects", "masked", "degenerate", "without_area", "without_mask"}
 
 
 def coco_files(root: Path, split: str) -> tuple[Path, Path]:
@@ -36,7 +38,9 @@ def summary(name: str, root: Path) -> Data:
             where = coco_files(root, split)[0].relative_to(root)
             raise wrong(root, f"{where} has no object that is not a crowd", "annotate some: AP would be 0 without one")
     bare = len(train["images"]) - train["annotated"]
-    return Data(name, root, train["annotated"], len(val["images"]), tuple(train["classes"]), left_out=bare)
+    classes, counts = tuple(train["classes"]), (train["annotated"], len(val["images"]))
+    told = digest_of(classes, *([len(found["images"]), found["objects"]] for found in (train, val)))
+    return Data(name, root, *counts, classes, left_out=bare, digest=told)
 
 
 def _split(root: Path, split: str) -> dict[str, Any]:
@@ -61,7 +65,7 @@ def digest(root: Path, path: Path) -> dict[str, Any]:
 
     images: [file_name, width, height] each. annotated: how many images have an object that is not a crowd, those that
     are trained on. classes: names in the order of their ids. masked: has any object a segmentation? degenerate,
-    without_area, without_mask: which objects are, counted in words, '' for none.
+    without_area, without_mask: which objects are, counted in words, '' for none. objects: how many of each class.
     """
     stat = path.stat()
     return _kept(root, path, stat.st_size, stat.st_mtime_ns)
@@ -92,7 +96,8 @@ def _tables(root: Path, path: Path) -> dict[str, Any]:
 
 def _digest(root: Path, path: Path) -> dict[str, Any]:
     tables = _tables(root, path)
-    rows = tables["annotations"]
+    rows, categories = tables["annotations"], sorted(tables["categories"], key=lambda c: c["id"])
+    objects = Counter(row["category_id"] for row in rows)
 
     def which(test: Callable[[Mapping[str, Any]], bool]) -> str:
         ids = [str(row["id"]) for row in rows if test(row)]
@@ -101,7 +106,8 @@ def _digest(root: Path, path: Path) -> dict[str, Any]:
     return {
         "images": [[image["file_name"], image["width"], image["height"]] for image in tables["images"]],
         "annotated": len({row["image_id"] for row in rows if not row.get("iscrowd") and _has_shape(row)}),
-        "classes": [c["name"] for c in sorted(tables["categories"], key=lambda c: c["id"])],
+        "classes": [category["name"] for category in categories],
+        "objects": [objects[category["id"]] for category in categories],
         "masked": any(row.get("segmentation") for row in rows),
         "degenerate": which(_degenerate),
         "without_area": which(lambda row: min(row["bbox"][2:]) <= 0),
@@ -185,7 +191,7 @@ def _cached(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]
     stat = path.stat()
     if stat.st_size < 5_000_000:
         return compute()
-    key = hashlib.sha256(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:4".encode()).hexdigest()[:20]
+    key = hashlib.sha256(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:5".encode()).hexdigest()[:20]
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "budgeted" / f"coco-{key}.json"
     with contextlib.suppress(OSError, ValueError):  # absent, or not ours to read
         kept = json.loads(home.read_text())

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
 import os
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from budgeted.errors import UserError
 
@@ -19,7 +23,10 @@ class Data:
     among them that mode=prepare took off the list.
 
     left_out: how many training images the upstream does not train on, as nothing is annotated in them. passed_over:
-    paths among the samples that are none, known after layouts.check.
+    paths among the samples that are none, known after layouts.check. digest: 12 hex digits that tell this set from
+    another of the same counts, wherever it lies and however it is stored (see digest_of): the same for class folders
+    and their packed copy, for both of CIFAR-10's formats, for any data.subset, and whether or not a listed clip is
+    there. None where the data are not.
     """
 
     name: str
@@ -30,6 +37,18 @@ class Data:
     missing: tuple[str, ...] = ()
     left_out: int = 0
     passed_over: tuple[str, ...] = ()
+    digest: str | None = None
+
+
+def digest_of(classes: Sequence[str], *splits: Any) -> str:
+    """A set in 12 hex digits: of a SHA-256 over the class names in their order and what each split has of them."""
+    return hashlib.sha256(json.dumps([classes, *splits]).encode()).hexdigest()[:12]
+
+
+def tally(classes: Sequence[str], labels: Iterable[int]) -> list[int]:
+    """How many of the labels are of each class."""
+    counts = Counter(labels)
+    return [counts[index] for index in range(len(classes))]
 
 
 def wrong(root: Path, what: str, fix: str) -> UserError:

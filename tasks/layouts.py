@@ -13,7 +13,8 @@ import difflib
 import logging
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from tasks import cifar10 as cifar
 from tasks import coco_json, packed
 from tasks.cifar10 import cifar10, is_cifar10
 from tasks.coco_json import coco_files
-from tasks.folder import SPLITS, Data, names, near, refuse_outside, some, wrong
+from tasks.folder import SPLITS, Data, digest_of, names, near, refuse_outside, some, tally, wrong
 from tasks.packed import is_packed
 
 __all__ = ["Data", "check", "cifar10", "clips", "coco_files", "data_root", "images", "inspect"]
@@ -48,7 +49,7 @@ def inspect(cfg: Mapping[str, Any]) -> Data:
     try:
         if tiny.embedded(cfg) and (not root.exists() or (root.is_dir() and not any(root.iterdir()))):
             n_train, n_val, classes = tiny.COUNTS[name]
-            data = Data(name, root, n_train, n_val, classes)
+            data = Data(name, root, n_train, n_val, classes, digest=tiny.digest(name))
         else:
             data = LAYOUTS[cfg["task"]["adapter"]](name, _existing(root, name))
     except OSError as error:
@@ -176,7 +177,8 @@ def _class_folders(name: str, root: Path) -> Data:
         if empty:
             what = f"{split}/ has class folders without an image: {some(classes[i] for i in empty)}"
             raise wrong(root, what, f"fill or remove them; images end in {' '.join(IMAGES)}")
-    return Data(name, root, len(train), len(val), classes)
+    tallies = (tally(classes, (label for _, label in found)) for found in (train, val))
+    return Data(name, root, len(train), len(val), classes, digest=digest_of(classes, *tallies))
 
 
 def _refuse_odd_splits(root: Path, classes: tuple[str, ...], val_classes: tuple[str, ...], filled: bool) -> None:
@@ -239,7 +241,7 @@ def _below(root: Path, folder: str, above: tuple[str, ...] = ()) -> Iterator[str
 
 
 def _cityscapes(name: str, root: Path) -> Data:
-    counts = []
+    counts, cities = [], []
     for split in SPLITS:
         pairs = streets(root, split)
         if not pairs:
@@ -255,7 +257,10 @@ def _cityscapes(name: str, root: Path) -> Data:
             what = f"labels absent: {some(str(label.relative_to(root)) for label in lost)}"
             raise wrong(root, what, make if source else "unpack gtFine_trainvaltest.zip here")
         counts.append(len(pairs))
-    return Data(name, root, counts[0], counts[1], STREET_CLASSES)
+        base = f"{root}/leftImg8bit/{split}/"
+        cities.append(Counter(picture.removeprefix(base).rpartition("/")[0] for picture, _ in pairs))
+    digest = digest_of(STREET_CLASSES, *(sorted(found.items()) for found in cities))
+    return Data(name, root, counts[0], counts[1], STREET_CLASSES, digest=digest)
 
 
 # Kinetics.
@@ -265,6 +270,10 @@ def clips(root: Path, split: str) -> tuple[tuple[str, ...], list[tuple[str, int]
     """Classes, (path, class index) of the clips that are there, and the listed ones that are absent or, in a set of up
     to 5,000, seen from the file's frame to be broken (mode=prepare opens every clip of a larger one)."""
     classes, listed = listed_clips(root, split)
+    return classes, *_readable(root, listed)
+
+
+def _readable(root: Path, listed: list[tuple[str, int]]) -> tuple[list[tuple[str, int]], list[str]]:
     there = {folder: set(names(root / folder)) for folder in {clip.rpartition("/")[0] for clip, _ in listed}}
     look = len(listed) <= 5000
     found, missing = [], []
@@ -274,7 +283,7 @@ def clips(root: Path, split: str) -> tuple[tuple[str, ...], list[tuple[str, int]
             missing.append(clip)
         else:
             found.append((f"{root}/{clip}", label))
-    return classes, found, missing
+    return found, missing
 
 
 def listed_clips(root: Path, split: str, manifest: bool = True) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
@@ -392,7 +401,8 @@ def _label_folder(root: Path, split: str, label: str, loose: bool) -> str:
 
 
 def _kinetics(name: str, root: Path) -> Data:
-    (classes, train, lost), (val_classes, val, val_lost) = (clips(root, split) for split in SPLITS)
+    (classes, train_list), (val_classes, val_list) = (listed_clips(root, split) for split in SPLITS)
+    (train, lost), (val, val_lost) = (_readable(root, listed) for listed in (train_list, val_list))
     if classes != val_classes:
         odd = sorted(set(classes) ^ set(val_classes))
         raise wrong(root, f"train and val do not name the same classes: {some(odd)}", "both lists need every class")
@@ -400,9 +410,20 @@ def _kinetics(name: str, root: Path) -> Data:
         if not found:
             what = f"none of the {len(gone)} clips that {split} lists can be read, first {gone[0]}"
             raise wrong(root, what, "data.root is the folder that holds train/ and val/")
-    listed = {path.removeprefix(f"{root}/") for path, _ in (*train, *val)}.union(lost, val_lost)
-    before = (clip for clip in lost_before(root) if clip not in listed)
-    return Data(name, root, len(train), len(val), classes, (*lost, *val_lost, *before))
+    listed = {clip for clip, _ in (*train_list, *val_list)}
+    before = [clip for clip in lost_before(root) if clip not in listed]
+    labels = _labels_of(before, classes)
+    for split, found in (("train", train_list), ("val", val_list)):
+        labels[split] += [label for _, label in found]
+    digest = digest_of(classes, *(tally(classes, labels[split]) for split in SPLITS))
+    return Data(name, root, len(train), len(val), classes, (*lost, *val_lost, *before), digest=digest)
+
+
+def _labels_of(unlisted: Iterable[str], classes: tuple[str, ...]) -> dict[str, list[int]]:
+    """Split -> class indices of clips that no list has any more, by the folders they lay in."""
+    spelt = {name: index for index, label in enumerate(classes) for name in (label, label.replace(" ", "_"))}
+    parts = [Path(clip).parts for clip in unlisted]
+    return {s: [spelt[p[-2]] for p in parts if p[0] == s and len(p) > 2 and p[-2] in spelt] for s in SPLITS}
 
 
 LAYOUTS: dict[str, Callable[[str, Path], Data]] = {

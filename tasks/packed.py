@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tasks.folder import SPLITS, Data, wrong
+from tasks.folder import SPLITS, Data, digest_of, tally, wrong
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,7 +28,7 @@ def is_packed(root: Path) -> bool:
 def summary(name: str, root: Path) -> Data:
     """Counts and classes. Raises UserError where the arrays do not fit each other."""
     classes = tuple((root / "classes.txt").read_text(encoding="utf-8").splitlines())
-    counts = []
+    counts, tallies = [], []
     for split in SPLITS:
         images, labels = arrays(root, split)
         fits = (
@@ -39,7 +39,8 @@ def summary(name: str, root: Path) -> Data:
         if labels.min() < 0 or labels.max() >= len(classes):
             raise wrong(root, f"{split}_labels.npy goes to {labels.max()}, classes.txt has {len(classes)}", AGAIN)
         counts.append(len(labels))
-    return Data(name, root, counts[0], counts[1], classes)
+        tallies.append(tally(classes, labels.tolist()))
+    return Data(name, root, counts[0], counts[1], classes, digest=digest_of(classes, *tallies))
 
 
 def arrays(root: Path, split: str) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,8 @@ import colorsys
 import csv
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from budgeted.errors import UserError
+from tasks.folder import digest_of, tally
 from tasks.layouts import STREET_CLASSES
 
 VERSION = 4  # a set written by another version is generated again
@@ -44,12 +46,25 @@ COUNTS: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "cityscapes_tiny": (80, 24, STREET_CLASSES),
     "kinetics_tiny": (80, 40, MOTIONS),
 }
+DRAWN = {"train": (101, 109, 103), "val": (31, 31, 38)}  # how many of THINGS coco_tiny shows
 Array = np.ndarray
 
 
 def embedded(cfg: Mapping[str, Any]) -> bool:
     """Whether cfg asks for an embedded set: a *_tiny task whose data.root is a folder of the task's own name."""
     return cfg["task"]["name"] in COUNTS and Path(cfg["data"]["root"]).name == cfg["task"]["name"]
+
+
+def digest(name: str) -> str:
+    """The Data.digest of an embedded set, known before it is written."""
+    *counts, classes = COUNTS[name]
+    sizes = dict(zip(SPLITS, counts, strict=True))
+    held: Iterable[Any] = (tally(classes, (k % len(classes) for k in range(size))) for size in sizes.values())
+    if name == "coco_tiny":
+        held = ([size, DRAWN[split]] for split, size in sizes.items())
+    elif name == "cityscapes_tiny":
+        held = (sorted(Counter(_city(split, k) for k in range(size)).items()) for split, size in sizes.items())
+    return digest_of(classes, *held)
 
 
 def ensure(cfg: Mapping[str, Any]) -> None:
@@ -332,12 +347,16 @@ def _street(split: str, index: int) -> tuple[Image.Image, Array]:
     return _picture(canvas * rng.uniform(0.8, 1.15), rng, 6), labels
 
 
+def _city(split: str, index: int) -> str:
+    return ("oberstadt", "niederstadt")[index % 2] if split == "train" else "mittelstadt"
+
+
 def _cityscapes(root: Path) -> None:
     from tasks.prepare import train_ids
 
     for split, count in zip(SPLITS, COUNTS["cityscapes_tiny"][:2], strict=True):
         for index in range(count):
-            city = ("oberstadt", "niederstadt")[index % 2] if split == "train" else "mittelstadt"
+            city = _city(split, index)
             stem = f"{city}_{index:06d}_000019"
             picture, labels = _street(split, index)
             files = {

@@ -74,6 +74,73 @@ def test_real_clips_follow_the_manifest_and_its_classes():
     assert clips[0] == (f"{SHARED}/actions/train/fall/fir01c00018_000116_000121.mp4", 0)
 
 
+# The digest of a set.
+
+
+def labelled(root: Path, counts: dict[str, tuple[int, ...]], classes=("cat", "dog"), end: str = "jpg") -> Path:
+    """Class folders with as many empty images of each class as `counts` says for a split."""
+    for split, numbers in counts.items():
+        for name, number in zip(classes, numbers, strict=True):
+            (root / split / name).mkdir(parents=True)
+            for k in range(number):
+                (root / split / name / f"{k}.{end}").touch()
+    return root
+
+
+def test_sets_of_equal_counts_have_digests_of_their_own(tmp_path):
+    roots = [
+        labelled(tmp_path / "a", {"train": (3, 2), "val": (1, 1)}),
+        labelled(tmp_path / "b", {"train": (2, 3), "val": (1, 1)}),
+        labelled(tmp_path / "c", {"train": (3, 2), "val": (1, 1)}, classes=("cat", "emu")),
+    ]
+    found = [look(root, "classification") for root in roots]
+    assert len({(data.n_train, data.n_val, len(data.classes)) for data in found}) == 1
+    assert len({data.digest for data in found}) == 3
+    assert all(len(data.digest) == 12 and int(data.digest, 16) >= 0 for data in found)
+
+
+def test_a_digest_heeds_neither_place_nor_file_names_nor_subset(tmp_path):
+    counts = {"train": (3, 2), "val": (1, 1)}
+    data = look(labelled(tmp_path / "a", counts), "classification")
+    assert look(labelled(tmp_path / "x/y", counts, end="png"), "classification").digest == data.digest
+    assert look(tmp_path / "a", "classification", subset=2).digest == data.digest
+    assert data.digest == "23f23bae9165"  # that of runs already finished: another one would refuse them
+
+
+def test_the_digest_of_clips_is_that_of_the_list(tmp_path):
+    digest = look(videos(tmp_path), "video").digest
+    (tmp_path / "train/walk/bb_000000_000010.mp4").unlink()
+    assert look(tmp_path, "video").digest == digest
+    (tmp_path / "val.csv").write_text(OFFICIAL + "sit down,aa,3,13,val\nsit down,bb,0,10,val\nwalk,bb,0,10,val\n")
+    assert look(tmp_path, "video").digest != digest
+
+
+def test_the_digest_of_coco_counts_images_and_the_objects_of_each_category(tmp_path):
+    digest = look(coco(tmp_path / "a"), "detection").digest
+    assert look(coco(tmp_path / "b", info="x"), "detection").digest == digest
+    swapped = [*row(id=1, category_id=3), *row(id=2, image_id=2, category_id=3)]
+    other = look(coco(tmp_path / "c", annotations=swapped), "detection")
+    assert (other.n_train, other.n_val, other.classes) == (2, 2, ("cat", "dog")) and other.digest != digest
+    more = [{"id": i, "file_name": f"{min(i, 2)}.jpg", "width": 8, "height": 6} for i in (1, 2, 3)]
+    bare = look(coco(tmp_path / "d", images=more), "detection")
+    assert bare.n_train == 2 and bare.digest not in (digest, other.digest)
+
+
+def test_the_digest_of_streets_counts_the_images_of_each_city(tmp_path):
+    digests = set()
+    for name, cities in (("a", ("ulm", "ulm")), ("b", ("ulm", "bonn")), ("c", ("bonn", "bonn"))):
+        for split in ("train", "val"):
+            for k, city in enumerate(cities if split == "train" else ("ulm", "ulm")):
+                stem = f"{split}/{city}/{k}"
+                for path in (f"leftImg8bit/{stem}_leftImg8bit.png", f"gtFine/{stem}_gtFine_labelTrainIds.png"):
+                    (tmp_path / name / path).parent.mkdir(parents=True, exist_ok=True)
+                    (tmp_path / name / path).touch()
+        data = look(tmp_path / name, "segmentation")
+        digests.add(data.digest)
+        assert (data.n_train, data.n_val) == (2, 2)
+    assert len(digests) == 3
+
+
 # Any folder.
 
 
@@ -299,19 +366,21 @@ def small_cifar(tmp_path, monkeypatch):
 
 
 def test_cifar10_counts(tmp_path):
+    """At its own size: the batches hold labels and pictures of nothing."""
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
+    batch = pickle.dumps({"data": np.zeros((10000, 3072), np.uint8), "labels": [k % 10 for k in range(10000)]})
     for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
-        (folder / name).touch()
+        (folder / name).write_bytes(batch)
     for root in (tmp_path, folder):
         data = look(root, "classification")
         assert (data.n_train, data.n_val, data.classes[:2]) == (45000, 5000, ("airplane", "automobile"))
 
 
 def test_cifar10_in_both_forms_is_the_same_data(small_cifar):
-    for name in "ab":
-        data, findings = look(small_cifar / name, "classification", check=True)
-        assert (data.n_train, data.n_val, findings) == (450, 50, [])
+    found = [look(small_cifar / name, "classification", check=True) for name in "ab"]
+    assert [(data.n_train, data.n_val, findings) for data, findings in found] == [(450, 50, [])] * 2
+    assert found[0][0].digest == found[1][0].digest
     parts, same = layouts.cifar10(small_cifar / "a"), layouts.cifar10(small_cifar / "b")
     for split, n in (("train", 450), ("val", 50), ("test", 100)):
         assert parts[split][0].shape == (n, 32, 32, 3) and parts[split][1].dtype == np.int64
@@ -319,6 +388,14 @@ def test_cifar10_in_both_forms_is_the_same_data(small_cifar):
     train, val = (parts[s][0][:, 0, 0, 0] + 256 * parts[s][0][:, 0, 0, 1].astype(int) for s in ("train", "val"))
     assert np.array_equal(np.sort([*train, *val]), np.arange(500))
     assert (parts["val"][1] == val % 10).all() and (parts["val"][0][:, 31, 31, 2] == 7).all()
+
+
+def test_cifar10_of_other_labels_is_another_set(small_cifar):
+    before = look(small_cifar / "a", "classification").digest
+    with np.load(small_cifar / "a/cifar10.npz") as file:
+        arrays = dict(file)
+    np.savez(small_cifar / "a/cifar10.npz", **{**arrays, "train_y": np.zeros(500, np.uint8)})
+    assert look(small_cifar / "a", "classification").digest not in (before, None)
 
 
 def test_cifar10_holds_out_the_same_images_for_ever(small_cifar):
@@ -334,8 +411,8 @@ def test_cifar10_pickle_that_would_call_something_is_refused(tmp_path):
     (tmp_path / "cifar-10-batches-py").mkdir()
     for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
         (tmp_path / "cifar-10-batches-py" / name).write_bytes(pickle.dumps({"data": Evil(), "labels": []}))
-    (finding,) = look(tmp_path, "classification", check=True)[1]
-    assert "data_batch_1 is not a CIFAR-10 batch (it asks for " in finding and not (tmp_path / "called").exists()
+    assert fault(tmp_path, "classification").startswith("data_batch_1 is not a CIFAR-10 batch (it asks for ")
+    assert not (tmp_path / "called").exists()
 
 
 def test_cifar10_npz_faults(tmp_path):

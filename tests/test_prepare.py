@@ -156,7 +156,8 @@ def test_packed_pixels_are_those_of_the_files(small):
     packed = small.with_name("set-packed")
     said = run(small, "classification", pack=True)
     assert said == [f"{packed}: 6 train, 4 val images of 8 x 6 packed", f"train with data.root={packed}"]
-    assert look(packed, "classification") == replace(look(small, "classification"), root=packed)
+    whole = look(small, "classification")
+    assert look(packed, "classification") == replace(whole, root=packed) and whole.digest
     for split in ("train", "val"):
         pixels, labels = layouts.packed.arrays(packed, split)
         for k, (path, label) in enumerate(layouts.images(small, split)[1]):
@@ -350,6 +351,7 @@ def test_clips_are_cut_beside_and_the_missing_listed(kinetics):
     lost = ("train/walk/v1_000001_000011.mp4", "train/walk/v2_000002_000012.mp4")
     data = look(to, "video")
     assert (data.n_train, data.n_val, data.classes, data.missing) == (1, 3, ("sit down", "walk"), lost)
+    assert data.digest == look(kinetics, "video").digest is not None
     after = files(to)
     clips = {k: v for k, v in after.items() if k.endswith(".mp4")}
     assert "4 there already" in run(kinetics, "video", short_side=16)[0]
@@ -389,12 +391,12 @@ def test_small_clips_are_linked(kinetics):
 
 
 def test_without_a_short_side_only_manifests_are_written(kinetics):
-    before = files(kinetics)
+    before, digest = files(kinetics), look(kinetics, "video").digest
     assert run(kinetics, "video", short_side=None)[0] == (
         f"{kinetics}: 2 missing, 4 whole; manifests are train_list.csv and val_list.csv"
     )
     assert set(files(kinetics)) - set(before) == {"train_list.csv", "val_list.csv", "classes.txt", "missing.txt"}
-    assert look(kinetics, "video").n_train == 1
+    assert look(kinetics, "video").n_train == 1 and look(kinetics, "video").digest == digest
     assert "2 missing, 4 whole" in run(kinetics, "video", short_side=None)[0]
 
 
