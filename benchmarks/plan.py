@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from budgeted.budgets import Budget
 from budgeted.files import read_json
 from budgeted.recipe import Recipe
 
@@ -22,7 +24,16 @@ def price(recipes: Sequence[Recipe]) -> list[Row]:
     `bytes`: what the run's directory will hold.
     """
     prices = _prices(recipes[0].cell.out) if recipes else {}
-    return [_row(r, prices.get((r.cell.task, r.work), Price())) for r in recipes]
+    found = ((r, prices.get((r.cell.task, r.work), Price())) for r in recipes)
+    return [_row(_counted(recipe, price), price) for recipe, price in found]
+
+
+def _counted(recipe: Recipe, found: Price) -> Recipe:
+    """With T, where a budget is of FLOPs and a probe has counted those of a sample."""
+    if recipe.total is not None or recipe.seconds or not found.flop:
+        return recipe
+    cost = found.flop * recipe.epoch.batch
+    return replace(recipe, total=Budget(recipe.cell.budget).iterations(flop_per_iteration=cost))
 
 
 def _row(recipe: Recipe, found: Price) -> Row:
@@ -107,14 +118,14 @@ def _data(recipe: Recipe) -> str:
 
 
 class Price(NamedTuple):
-    """Of one device: samples per second, seconds of an evaluation; bytes of a run's directory; which device.
-
-    None: not measured.
+    """Of one device: samples per second, seconds of an evaluation; bytes of a run's directory; training FLOPs of a
+    sample; which device. None: not measured.
     """
 
     rate: float | None = None
     evaluation: float | None = None
     bytes: float | None = None
+    flop: float | None = None
     device: str = ""
 
 
@@ -130,7 +141,8 @@ def _prices(out: Path) -> dict[tuple[str, str], Price]:
         devices = _positive(result.get("world_size")) or 1
         spent, count = _positive(result.get("eval_seconds")), _positive(result.get("evaluations"))
         evaluation = spent / count * devices if spent and count else None
-        price = Price(rate / devices, evaluation, size, str(result.get("device")))
+        flop = _positive(result.get("flop_per_sample"))
+        price = Price(rate / devices, evaluation, size, flop, str(result.get("device")))
         found.setdefault((str(result.get("task")), work), []).append(price)
     return {key: _median(prices) for key, prices in found.items()}
 
@@ -146,8 +158,8 @@ def _size(folder: Path) -> int:
 
 
 def _median(prices: Sequence[Price]) -> Price:
-    rate, evaluation, size = (_middle(values) for values in list(zip(*prices, strict=True))[:3])
-    return Price(rate, evaluation, size, ", ".join(sorted({p.device for p in prices})))
+    rate, evaluation, size, flop = (_middle(values) for values in list(zip(*prices, strict=True))[:4])
+    return Price(rate, evaluation, size, flop, ", ".join(sorted({p.device for p in prices})))
 
 
 def _middle(values: Sequence[float | None]) -> float | None:
@@ -293,7 +305,7 @@ def _not_priced(left: Sequence[Row]) -> list[str]:
     evaluating = sum(r["evaluating"] is None and r["training"] is not None for r in left)
     lines = []
     if flops:
-        lines.append(f"{flops} not priced: their iterations are counted when they start")
+        lines.append(f"{flops} not priced: their iterations are counted when they start, or by mode=probe")
     if training:
         lines.append(f"{training} not priced: no throughput known (mode=probe or plan.samples_per_second= gives it)")
     if evaluating:

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.results import seconds_text
 from budgeted.distributed import World
+from budgeted.errors import UserError
 from budgeted.files import write_json
 from budgeted.machine import device_name, peak_memory
 from budgeted.recipe import Recipe
@@ -76,7 +78,7 @@ def measure(recipe: Recipe) -> dict[str, Any]:
     world.join(device)
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            session = _train(recipe, Path(scratch), world, device)
+            session, flop = _train(recipe, Path(scratch), world, device)
             size = session.cell.checkpoint.stat().st_size if world.is_main else 0
     finally:
         world.leave()
@@ -95,6 +97,7 @@ def measure(recipe: Recipe) -> dict[str, Any]:
         "evaluations": session.evaluations,
         "peak_memory_bytes": peak_memory(device),
         "checkpoint_bytes": size,
+        "flop_per_sample": flop and flop / recipe.epoch.batch,
     }
     if world.is_main:
         name = "-".join((found["task"], found["model"], found["precision"], found["work"])).replace("/", "_")
@@ -105,27 +108,33 @@ def measure(recipe: Recipe) -> dict[str, Any]:
     return found
 
 
-def _train(recipe: Recipe, scratch: Path, world: World, device: Any) -> Pace:
+def _train(recipe: Recipe, scratch: Path, world: World, device: Any) -> tuple[Pace, int | None]:
+    """The session of the iterations made, and the FLOPs of one; None where they cannot be counted."""
     cfg = {**recipe.cfg, "checkpoint": {"every": "100%", "minutes": 1e9}}
     warm, measured = lengths(cfg["data"]["workers"])
     total = warm + ROUNDS * measured
     cell = replace(recipe.cell, out=scratch)
     cell.directory.mkdir(parents=True)
     adapter = base.adapter_of(cfg)(cfg, recipe.data, device)
+    try:
+        flop = adapter.flops()
+    except UserError as error:
+        log.warning("a budget of FLOPs cannot be priced: %s", error)
+        flop = None
     session = Pace(replace(recipe, cfg=cfg, cell=cell, total=total, seconds=None), total, world, device)
     try:
         adapter.build(session)
         adapter.train(session)
     finally:
         session.close()
-    return session
+    return session, flop
 
 
 def _say(found: dict[str, Any], recipe: Recipe) -> None:
-    full = recipe.epoch.seen(recipe.full) / found["samples_per_second"] / 3600
+    full = recipe.epoch.seen(recipe.full) / found["samples_per_second"]
     looked = f"; an evaluation {found['eval_seconds']:.1f} s" if found["evaluations"] else ""
     log.info(
         "%s on %d x %s: %.1f samples/s, %.0f%% of the time waiting for data, peak memory %.2f GB; "
-        "full run %.2f hours%s", found["task"], found["world_size"], found["device"], found["samples_per_second"],
-        100 * found["data_wait_share"], found["peak_memory_bytes"] / 1e9, full, looked,
+        "full run %s%s", found["task"], found["world_size"], found["device"], found["samples_per_second"],
+        100 * found["data_wait_share"], found["peak_memory_bytes"] / 1e9, seconds_text(full), looked,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from budgeted import trackers
+from budgeted import code, trackers
 from budgeted.errors import UserError
 from budgeted.files import read_json
 from budgeted.recipe import Recipe
@@ -43,7 +43,7 @@ def run(words: Sequence[str], launcher: Any, batch: int | None) -> int:
     log.info(
         "%d cell%s: %s", len(jobs), "s" * (len(jobs) != 1), ", ".join(f"{n} {s}" for s, n in sorted(counts.items()))
     )
-    _warn_of_other_roots([recipe for recipe, state in zip(recipes, states, strict=True) if state == "done"])
+    _say_of_done([recipe for recipe, state in zip(recipes, states, strict=True) if state == "done"])
     todo = [k for k, state in enumerate(states) if state not in ("done", "running", "queued")]
     if not todo:
         log.info("nothing to launch")
@@ -76,7 +76,13 @@ def _said(recipe: Recipe, key: str) -> Any:
     return (read_json(recipe.cell.directory / "state.json") or {}).get(key)
 
 
-def _warn_of_other_roots(done: Sequence[Recipe]) -> None:
+def _say_of_done(done: Sequence[Recipe]) -> None:
+    """That they were made by other code, or where their data were, if that may matter."""
+    here = code.digest(code.files())
+    parts = [(recipe.cell.result() or {}).get("parts") or [] for recipe in done]
+    others = sum(any(part.get("code") != here for part in made) for made in parts)
+    if others and done[0].cfg["code"] != "ignore":
+        log.warning("%d of the done cells were made by other code than this; another out= makes them anew", others)
     roots = Counter(filter(None, (recipe.other_root() for recipe in done)))
     for root, count in roots.most_common(3):
         log.warning(
@@ -95,7 +101,7 @@ def _refuse_twins(jobs: Sequence[tuple[str, ...]], recipes: Sequence[Recipe]) ->
 
 
 def _mode(words: Sequence[str]) -> str:
-    return next((w.split("=", 1)[1] for w in reversed(words) if w.startswith("mode=")), "train")
+    return next((str(o.value()) for o in reversed(cli.parse(words)) if o.key_or_group == "mode"), "train")
 
 
 def _show(mode: str, recipes: list[Recipe]) -> int:

@@ -2,7 +2,7 @@
 
     Budget("5%").iterations(full)      # of the recipe's full run
     Budget("900it")  "12ep"  "1.2e6im"  # iterations, epochs, images or clips
-    Budget("45min")  "1.5h"  "8gpuh"    # the clock: elapsed training seconds
+    Budget("45min")  "90s"  "1.5h"  "8gpuh"    # the clock: elapsed training seconds
     Budget("3e17flop")                  # training FLOPs, by the cost of one iteration
 
 One iteration is one optimizer update of the global batch.
@@ -18,11 +18,11 @@ from fractions import Fraction
 
 from budgeted.errors import UserError
 
-UNITS = ("%", "it", "ep", "im", "min", "h", "gpuh", "flop")
-CLOCK_SECONDS = {"min": 60, "h": 3600, "gpuh": 3600}
+UNITS = ("%", "it", "ep", "im", "s", "min", "h", "gpuh", "flop")
+CLOCK_SECONDS = {"s": 1, "min": 60, "h": 3600, "gpuh": 3600}
 MOST_ITERATIONS = 10**12  # beyond it a run would take longer than anyone waits
 LEAST = Fraction(1, 10**100)  # beyond it, and beyond its inverse, a float would be 0 or overflow
-FORMS = "an amount such as 5%, 900it, 12ep, 1.2e6im, 45min, 1.5h, 8gpuh or 3e17flop"
+FORMS = "an amount such as 5%, 900it, 12ep, 1.2e6im, 90s, 45min, 1.5h, 8gpuh or 3e17flop"
 
 # The amount as written names a directory: no spaces, and no dot ahead, which would hide it. ASCII digits, and few
 # enough for Python to convert.
@@ -107,14 +107,16 @@ class Budget:
                 raise UserError(f"budget.amount={self.amount}: iterations are whole numbers")
             exact = value
         elif unit == "%":
-            exact = max(Fraction(1), value / 100 * _given(full, self.amount, "the full run"))
+            exact = max(Fraction(1), value / 100 * _given(full, self.amount, "the full run's iterations, full=,"))
         elif unit == "ep":
-            exact = value * _given(epoch, self.amount, "the data set").iterations
+            exact = value * _given(epoch, self.amount, "the data set, epoch=Epoch(samples, batch),").iterations
         elif unit == "im":
-            data = _given(epoch, self.amount, "the data set")
+            data = _given(epoch, self.amount, "the data set, epoch=Epoch(samples, batch),")
             exact = value / data.samples * data.iterations if data.last == "keep" else value / data.batch
         elif unit == "flop":
-            exact = value / Fraction(_given(flop_per_iteration, self.amount, "the cost of one iteration"))
+            exact = value / Fraction(
+                _given(flop_per_iteration, self.amount, "the cost of one iteration, flop_per_iteration=,")
+            )
         else:
             raise UserError(f"budget.amount={self.amount}: a clock budget has no fixed number of iterations")
         if exact > MOST_ITERATIONS:
@@ -140,7 +142,10 @@ def _parsed(amount: str) -> tuple[Fraction, str]:
     number, unit = match.groups()
     if unit not in UNITS:
         wrong = f"unknown unit {unit!r}" if unit else "no unit"
-        raise UserError(f"budget.amount={amount}: {wrong}; write {FORMS}")
+        near = max(
+            (u for u in UNITS if unit.lower().startswith(u)), key=len, default=None
+        )  # "epochs", "sec", "minutes"
+        raise UserError(f"budget.amount={amount}: {wrong}; write {f'{number}{near}, or ' if near else ''}{FORMS}")
     value = Fraction(number)
     if value <= 0:
         raise UserError(f"budget.amount={amount}: must be positive")

@@ -233,6 +233,20 @@ def load(path: str | Path) -> dict[str, Any] | None:
     return None
 
 
+def weights(path: str | Path) -> dict[str, Any]:
+    """The state dict that a finished run was evaluated with, of which its `weights_sha256` is; of one
+    that goes on, what it trains.
+
+    They differ where the evaluated ones are averages, or have batch-norm statistics of their own.
+
+    Raises FileNotFoundError, or BrokenCheckpoint.
+    """
+    content = load(path)
+    if content is None:
+        raise FileNotFoundError(path)
+    return content.get("evaluated", content["model"])
+
+
 def _keep(path: Path) -> None:
     """Make the checkpoint at `path` the one before, leaving it where it is if the file system has hard links."""
     spare = previous(path).with_suffix(".tmp")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import json
 import subprocess
 from pathlib import Path
 from typing import Any
 
 HOME = Path(__file__).resolve().parent.parent
 PARTS = ("run.py", "budgeted/**/*.py", "tasks/**/*.py", "conf/**/*.yaml")
+MOST_NAMED = 5
 FOLDERS = sorted({part.split("/")[0] for part in PARTS})
 
 
@@ -36,6 +38,18 @@ def diff() -> str | None:
     texts = ((path, (HOME / path).read_text(errors="replace")) for path in new.split("\0") if path)
     added = (difflib.unified_diff([], t.splitlines(), "/dev/null", f"b/{path}", lineterm="") for path, t in texts)
     return changed + "".join(f"{line}\n" for lines in added for line in lines)
+
+
+def digest(of: dict[str, str]) -> str:
+    """12 hex digits that stand for such `files()`."""
+    return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def changed(then: dict[str, str], here: dict[str, str]) -> str | None:
+    """Which of two `files()` differ, the first few by name; None where none does."""
+    paths = sorted(path for path in {*then, *here} if then.get(path) != here.get(path))
+    rest = f" and {len(paths) - MOST_NAMED} more" if len(paths) > MOST_NAMED else ""
+    return f"{', '.join(paths[:MOST_NAMED])}{rest} differ" if paths else None
 
 
 def files() -> dict[str, str]:

@@ -36,6 +36,8 @@ class DataSummary(Protocol):
     def classes(self) -> tuple[str, ...]: ...
     @property
     def missing(self) -> tuple[str, ...]: ...
+    @property
+    def digest(self) -> str | None: ...
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,21 @@ class Recipe:
         )
 
     def other_root(self) -> str | None:
-        """Where the data of this cell's result were, if not here. Paths are no part of a cell: it counts as done."""
-        theirs = ((self.cell.result() or {}).get("data") or {}).get("root")
-        return theirs if theirs and theirs != str(self.data.root.resolve()) else None
+        """Where the data of this cell's result were, if not here and not known to be the same. It counts as done."""
+        theirs = (self.cell.result() or {}).get("data") or {}
+        if self.data.digest and theirs.get("digest") == self.data.digest:
+            return None
+        root = theirs.get("root")
+        return root if root and root != str(self.data.root.resolve()) else None
+
+    def refuse_other_data(self) -> None:
+        """Raise UserError where the cell's result is of other data than these. Paths are no part of a cell."""
+        theirs = (self.cell.result() or {}).get("data") or {}
+        if self.data.digest and theirs.get("digest") not in (None, self.data.digest):
+            raise UserError(
+                f"{self.cell.directory} holds a result on other data, of {theirs.get('root')}, than those of "
+                f"{self.data.root}: give another out="
+            )
 
 
 # Values of a task that change what is learned or when it is looked at, not the work on a sample.
@@ -97,7 +111,9 @@ def resolve(cfg: Config, named: Config, data: DataSummary, gpus: int = 1) -> Rec
     task, budget = cfg["task"], Budget(cfg["budget"]["amount"])
     batch = task["batch_size"]
     if data.n_train < batch:
-        raise UserError(f"task.batch_size={batch}: larger than the data set ({data.n_train} training samples)")
+        raise UserError(
+            f"task.batch_size={batch}: larger than the data set ({data.n_train} training samples); at most that"
+        )
     if task["metric"] == "top5" and len(data.classes) <= 5:
         raise UserError(f"task.metric=top5: {data.name} has {len(data.classes)} classes; task.metric=top1")
     epoch = Epoch(data.n_train, batch, task["last_batch"])
@@ -116,8 +132,14 @@ def resolve(cfg: Config, named: Config, data: DataSummary, gpus: int = 1) -> Rec
         out=Path(cfg["out"]),
     )
     total = None if needs_model else budget.iterations(full, epoch)
+    schedule = build_schedule(cfg, full, epoch)
     if cfg["schedule"]["name"] == "replay" and total != (steps := schedules.steps_of(cfg["schedule"]["run"])):
         raise UserError(f"schedule=replay: {cfg['schedule']['run']} made {steps} steps; budget.amount={steps}it")
+    if schedule.momentum_at is not None and cfg["optimizer"]["name"] == "schedule_free":
+        name = cfg["schedule"]["name"]
+        raise UserError(
+            f"schedule={name} moves the momentum, by which optimizer=schedule_free averages: another of them"
+        )
     return Recipe(
         cfg=cfg,
         data=data,
@@ -125,7 +147,7 @@ def resolve(cfg: Config, named: Config, data: DataSummary, gpus: int = 1) -> Rec
         full=full,
         total=total,
         seconds=budget.seconds(gpus) if budget.is_clock else None,
-        schedule=build_schedule(cfg, full, epoch),
+        schedule=schedule,
         cell=cell,
         fields=fields,
     )
@@ -190,7 +212,7 @@ def _affecting(cfg: Config, data: DataSummary) -> Config:
         "precision": cfg["precision"],
         "hold": cfg["hold"],
         "on_nonfinite": cfg["on_nonfinite"],
-        # Batch norm sees a piece at a time.
+        # Batch norm sees a piece at a time, or one of every process: how many there are is in a result's `parts`.
         "micro_batch": cfg["micro_batch"] if (cfg["micro_batch"] or batch) < batch else None,
         "data": {
             "subset": cfg["data"]["subset"],
@@ -299,7 +321,10 @@ FRACTIONS: Rule = (
 )
 RULES: dict[str, Rule] = {
     "out": WORD,
-    "seed": (lambda v: type(v) is int and 0 <= v < 10**9, "a whole number from 0 to 999999999"),
+    "seed": (
+        lambda v: type(v) is int and 0 <= v < 10**9,
+        "a whole number from 0 to 999999999 (several: -m 'seed=range(3)')",
+    ),
     "device": _one_of("auto", "cpu", "cuda"),
     "precision": _one_of("fp32", "bf16"),
     "compile": FLAG,

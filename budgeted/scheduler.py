@@ -25,7 +25,10 @@ class BudgetedLR(LRScheduler):
     A trainer that knows its step calls `set_step(t)` before update t. For a clock budget give `progress`, a
     function without arguments that returns elapsed/budget, in place of T. `applied[t]` is the ratio that was
     set for update t in this process, NaN for those before a resume. The last update uses f((T-1)/T); stepping once
-    more asks for f(1), harmless.
+    more asks for f(1), harmless. Groups that have no momentum, or one of 0, are left without.
+
+    Raises ValueError for a `total` that is no positive number of iterations, for a schedule that is no function, and
+    for one that moves the momentum of an optimizer that averages by it (Schedule-Free).
     """
 
     def __init__(
@@ -35,17 +38,25 @@ class BudgetedLR(LRScheduler):
         total: int | None = None,
         progress: Callable[[], float] | None = None,
     ) -> None:
-        if (total is None) == (progress is None) or (total is not None and total < 1):
-            raise ValueError(f"give either total >= 1 or progress, got total={total}, progress={progress}")
+        if (total is None) == (progress is None) or not (total is None or (isinstance(total, int) and total >= 1)):
+            given = f"total={total!r}, progress={progress!r}"
+            raise ValueError(
+                f"give either total, a number of iterations (see Budget), or progress, a function; got {given}"
+            )
+        if not callable(getattr(schedule, "factor", schedule)):
+            raise ValueError(f"{schedule!r} is no schedule: make({schedule!r}) may be meant")
         self.optimizer = optimizer
         self.total = total
         self.schedule = schedule
         self._factor = getattr(schedule, "factor", schedule)
         self._momentum = getattr(schedule, "momentum_at", None)
+        if self._momentum is not None and hasattr(optimizer, "eval"):
+            raise ValueError(f"the schedule moves the momentum, by which {type(optimizer).__name__} averages")
         self._clock = progress
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", float(group["lr"]))
         self.base_lrs = [float(group["initial_lr"]) for group in optimizer.param_groups]
+        self._has_momentum = [bool(g["momentum"]) if "momentum" in g else "betas" in g for g in optimizer.param_groups]
         self.applied = array("d")
         self.last_epoch = 0
         self._step_count = 1  # torch's own schedulers count this; some trainers read it
@@ -74,10 +85,12 @@ class BudgetedLR(LRScheduler):
         self.applied[t] = ratio
 
     def _set_momentum(self, value: float) -> None:
-        for group in self.optimizer.param_groups:
+        for group, has in zip(self.optimizer.param_groups, self._has_momentum, strict=True):
+            if not has:
+                continue
             if "momentum" in group:
                 group["momentum"] = value
-            elif "betas" in group:
+            else:
                 group["betas"] = (value, *group["betas"][1:])
 
     def get_last_lr(self) -> list[float]:  # type: ignore[override]

@@ -29,11 +29,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from budgeted import checkpoint, trackers
+from budgeted import checkpoint, code, trackers
 from budgeted.budgets import Budget
 from budgeted.cells import RESULT_SCHEMA, now
 from budgeted.clock import Clock
-from budgeted.code import git_state
 from budgeted.data import Batches, end_workers, loader
 from budgeted.distributed import World
 from budgeted.errors import UserError
@@ -71,6 +70,9 @@ class Session:
         self.samples = self.evaluations = self.resumed = self.skipped = 0
         self.metrics: dict[str, dict[str, Any]] = {}
         self.started = now()
+        self._code = code.files()
+        here = {"code": code.digest(self._code), "world_size": world.size, "device": device_name(device)}
+        self.parts = [{"step": 0, **here}]
         self._evaluated_at = -1
         self._owed = False  # an evaluation is due that has not been made
         self._done = False
@@ -392,6 +394,9 @@ class Session:
             "owed": self._owed,
             "journal": self.journal.mark(),
             "first_started": self.started,
+            "parts": self.parts,
+            "code": self._code,
+            "data": {"digest": self.recipe.data.digest, "root": str(self.recipe.data.root)},
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
@@ -405,7 +410,7 @@ class Session:
         try:
             self._take(content)
             self._open_journal(content["journal"])
-        except (KeyError, TypeError, AttributeError) as error:
+        except (LookupError, TypeError, AttributeError) as error:
             what = f"{type(error).__name__}: {error}"
             raise checkpoint.BrokenCheckpoint(
                 f"{self.cell.checkpoint} does not hold what a run saves ({what})"
@@ -427,6 +432,22 @@ class Session:
         for name in _COUNTERS:
             setattr(self, name, content["counters"][name] + 0)  # a TypeError where it is no number
         self.clock.restore(content["counters"], content["clock"])
+        self._take_parts(content["parts"], content["code"])
+
+    def _take_parts(self, parts: list[dict[str, Any]], files: dict[str, str]) -> None:
+        """What the run was made by so far, and is from here on. Says what is not the same; code=stop refuses code."""
+        before, here = parts[-1], self.parts[-1]
+        odd = {k: (before[k], here[k]) for k in ("code", "world_size", "device") if before[k] != here[k]}
+        self.parts = [*parts, {**here, "step": self.step}] if odd else parts
+        option = self.cfg.get("code", "warn")
+        if "code" in odd and option != "ignore":
+            words = f"{self.cell.name} goes on at step {self.step} with other code: {code.changed(files, self._code)}"
+            if option == "stop":
+                raise UserError(f"{words}; code=warn goes on all the same, another out= starts anew")
+            log.warning("%s", words)
+        for key, words in (("world_size", "processes"), ("device", "as its device")):
+            if key in odd:  # batch norm may see other batches, sums are taken in another order
+                log.warning("%s goes on with %s %s, before it had %s", self.cell.name, odd[key][1], words, odd[key][0])
 
     def _refuse_other(self, content: dict[str, Any]) -> None:
         """A checkpoint of another recipe or budget is an error that says what differs."""
@@ -434,6 +455,9 @@ class Session:
         lines = _difference({**saved, "T": content["total"]}, {**self.recipe.fields, "T": self.horizon})
         if lines:
             raise ValueError(f"{self.cell.checkpoint} is of another recipe: {'; '.join(lines)}")
+        theirs, own = content["data"], self.recipe.data
+        if own.digest and theirs["digest"] not in (None, own.digest):
+            raise ValueError(f"{self.cell.checkpoint} is of other data, in {theirs['root']}: give another out=")
 
     def _open_journal(self, mark: dict[str, Any] | None) -> None:
         if self.world.is_main:
@@ -530,16 +554,19 @@ class Session:
             "precision": self.cfg["precision"],
             "world_size": self.world_size,
             "resumed": self.resumed,
+            "parts": self.parts,
             "data": {
                 "name": data.name,
                 "root": str(data.root.resolve()),
                 "n_train": data.n_train,
                 "n_val": data.n_val,
+                "classes": len(data.classes),
+                "digest": data.digest,
                 "missing": len(data.missing),
             },
             "weights_sha256": digest,
             "versions": versions(),
-            "git": git_state(),
+            "git": code.git_state(),
             "started": self.started,
             "finished": now(),
         }

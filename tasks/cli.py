@@ -243,6 +243,7 @@ def _recipe(cfg: Config, choices: Mapping[str, str]) -> Recipe:
     found = resolve(cfg, named, data)
     if cfg["mode"] == "train":
         found.cell.refuse_other_result()
+        found.refuse_other_data()
     return found
 
 

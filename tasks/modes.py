@@ -27,8 +27,7 @@ def train(cfg: Any, choices: Choices) -> float | None:
     alone = HydraConfig.get().mode == RunMode.RUN
     if alone:
         submission.leave()
-    if choices.get("hydra/launcher") == "ray":  # whose workers start elsewhere: paths are those of the command
-        os.chdir(HydraConfig.get().runtime.cwd)
+    os.chdir(HydraConfig.get().runtime.cwd)  # paths are those of the command: Ray's workers and job.chdir go elsewhere
     recipe = cli.recipe_of(cfg, choices)
     trackers.require(recipe.cfg["tracker"])
     cli.embedded_data(recipe.cfg)

@@ -26,7 +26,6 @@ log = logging.getLogger("budgeted")
 # Jobs inherit these: which sweep they belong to, and where its code is.
 SWEEP, HOME = "BUDGETED_SWEEP", "BUDGETED_HOME"
 FOLDER = ".sweep"
-MOST_NAMED = 5
 
 
 def begin() -> None:
@@ -83,15 +82,10 @@ def difference(out: Path) -> str | None:
     submitted = read_json(path)
     if not submitted:
         return f"which code was submitted is not on record: {path} is absent or broken"
-    then, here = submitted.get("files") or {}, code.files()
-    changed = sorted(path for path in {*then, *here} if then.get(path) != here.get(path))
+    changed = code.changed(submitted.get("files") or {}, code.files())
     if not changed:
         return None
-    rest = f" and {len(changed) - MOST_NAMED} more" if len(changed) > MOST_NAMED else ""
-    return (
-        f"this is not the code that was submitted ({_commit(submitted)}, now {_commit(code.git_state())}): "
-        f"{', '.join(changed[:MOST_NAMED])}{rest} differ"
-    )
+    return f"this is not the code that was submitted ({_commit(submitted)}, now {_commit(code.git_state())}): {changed}"
 
 
 def check(option: str, out: Path) -> str | None:

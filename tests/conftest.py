@@ -41,6 +41,7 @@ class ToyData:
     n_val: int = 8
     classes: tuple[str, ...] = ("a", "b")
     missing: tuple[str, ...] = ()
+    digest: str | None = None
 
 
 @dataclass

@@ -77,8 +77,18 @@ def test_flops_by_the_cost_of_an_iteration():
         Budget("1e12flop").iterations(10, CIFAR)
 
 
+@pytest.mark.parametrize(
+    ("amount", "right"),
+    [("10epochs", "10ep"), ("500iters", "500it"), ("45sec", "45s"), ("3minutes", "3min"), ("2hours", "2h"), ("1GPUhours", "1gpuh")],
+)  # fmt: skip
+def test_a_unit_written_out_is_answered_with_ours(amount, right):
+    with pytest.raises(UserError, match=f"unknown unit .* write {right}, or an amount such as"):
+        Budget(amount)
+
+
 def test_clock_budgets_are_seconds():
     assert Budget("45min").seconds() == 2700 and Budget("1.5h").seconds() == 5400
+    assert Budget("45s").seconds() == 45 and Budget("45s").is_clock
     assert Budget("8gpuh").seconds(gpus=4) == 7200 and Budget("8gpuh").seconds() == 28_800
     assert Budget("1.5h").seconds(gpus=4) == 5400  # hours of the wall are not shared
     assert [Budget(a).is_clock for a in ("1min", "1h", "1gpuh", "1%", "1it", "1flop")] == [True] * 3 + [False] * 3

@@ -87,7 +87,7 @@ DEPARTURES = [
     ("task.lr=0.2",), ("precision=bf16",), ("data.subset=1000",), ("task.batch_size=64",), ("hold=5",), ("task.model=resnet18",),
     ("task.weight_decay=0",), ("task.full=20ep",), ("task.warmup.fraction=0.1",), ("task.rule=final",), ("optimizer=adam",),
     ("optimizer.momentum=0.8",), ("optimizer.nesterov=true",), ("task.milestones=[0.5]",), ("on_nonfinite=skip",),
-    ("task.weights=IMAGENET1K_V1",), ("micro_batch=8",),
+    ("task.weights=https://example.org/w.pth",), ("micro_batch=8",),
 ]  # fmt: skip
 
 

@@ -331,7 +331,7 @@ def mutated(raw: bytes, rng: random.Random) -> bytes:
 def test_a_thousand_hostile_files_never_make_a_wrong_result(toy, tmp_path, monkeypatch):
     """Each mutation either is an error, or the run goes on from an earlier state and ends as if nothing had been."""
     monkeypatch.setattr(os, "fsync", lambda file: None)  # a thousand runs wait for the disk otherwise
-    monkeypatch.setattr("budgeted.session.git_state", dict)
+    monkeypatch.setattr("budgeted.code.git_state", dict)
     changes = {"amount": "8it", "checkpoint__every": "25%"}
     whole = toy(out=tmp_path / "whole", **changes).train()
     interrupted = toy(out=tmp_path / "part", **changes)

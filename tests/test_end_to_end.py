@@ -144,6 +144,15 @@ def test_a_named_sweep_takes_another_budget_in_any_unit(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
+def test_paths_are_those_of_the_command_where_hydra_changes_folders(tmp_path):
+    words = ("budget.amount=1it", "out=runs", "hydra.job.chdir=true", f"data.root={ROOT / 'data' / 'imagenet_tiny'}")
+    run("mode=check")  # writes the embedded data
+    assert "2 of 2 cells done" in run("-m", "seed=0,1", *words, cwd=tmp_path)
+    assert sorted(p.parent.name for p in tmp_path.glob("**/result.json")) == ["s0", "s1"]
+    assert (tmp_path / "runs" / "imagenet_tiny" / "linear" / "1it" / "s0" / "result.json").exists()
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_image_that_does_not_decode_is_named(tmp_path, workers):
     run("mode=check")  # writes the embedded data
@@ -263,16 +272,19 @@ def test_two_ranks_train_what_one_process_trains(task, tmp_path):
     assert one[-1]["eval"]["top1"] == pytest.approx(two[-1]["eval"]["top1"], abs=1e-4)
 
 
-def test_a_cell_that_is_done_with_data_elsewhere_says_so(tmp_path):
-    """As many samples of as many classes are one recipe, wherever they lie."""
+def test_the_same_data_elsewhere_are_the_same_cell_and_others_are_refused(tmp_path):
+    """Other classes, as many samples: nothing in the recipe tells them apart, but the data set's digest does."""
     run("mode=check")
     other = tmp_path / "photos"
     shutil.copytree(ROOT / "data" / "imagenet_tiny", other)
     words = ("budget.amount=1it", f"out={tmp_path / 'runs'}")
     run(*words)
-    here = ROOT / "data" / "imagenet_tiny"
     said = run(*words, f"data.root={other}")
-    assert "is done already" in said and f"its data were in {here}" in said
-    said = run("-m", *words, f"data.root={other}")
-    assert "1 done" in said and f"1 of the done cells had their data in {here}" in said
-    assert "had their data" not in run("-m", *words)
+    assert "is done already" in said and "its data were" not in said
+    assert "1 done" in run("-m", *words, f"data.root={other}")
+    for split in ("train", "val"):
+        folder = next(p for p in sorted((other / split).iterdir()) if p.is_dir())
+        folder.rename(folder.with_name("zebra"))
+    for more in ((), ("-m",)):
+        said = run(*more, *words, f"data.root={other}", expect=2)
+        assert f"holds a result on other data, of {ROOT / 'data' / 'imagenet_tiny'}" in said and "another out=" in said

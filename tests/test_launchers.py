@@ -16,7 +16,7 @@ import pytest
 
 from benchmarks import queue, status, sweep
 from budgeted import code
-from budgeted.cells import Cell
+from budgeted.cells import RESULT_SCHEMA, Cell
 from budgeted.errors import UserError
 from budgeted.files import read_json, write_json
 from tasks import cli, devices, submission
@@ -223,6 +223,30 @@ def test_every_out_of_a_sweep_has_the_code_on_record(tmp_path, monkeypatch):
     assert submission.check("stop", tmp_path / "a") is None is submission.check("stop", tmp_path / "b")
     with pytest.raises(UserError, match="which code was submitted is not on record: .*code=warn runs it"):
         submission.check("stop", tmp_path / "c")
+
+
+@pytest.mark.parametrize("word", ["mode=plan", "++mode=plan", "mode='plan'"])
+def test_a_sweep_that_is_asked_for_its_plan_launches_nothing(tmp_path, capsys, word):
+    assert sweep.run((word, "seed=0,1", f"out={tmp_path}"), None, None) == 0
+    assert "0 done, 2 to run" in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+def test_cells_that_other_code_made_are_counted(tmp_path, said):
+    cells = [cli.recipe((f"out={tmp_path}", f"seed={k}")) for k in range(3)]
+    for recipe, made in zip(cells, (code.digest(code.files()), "0" * 12, None), strict=True):
+        recipe.cell.directory.mkdir(parents=True)
+        parts = {"parts": [{"step": 0, "code": made}]} if made else {}
+        recipe.cell.write_result(
+            {
+                "schema": RESULT_SCHEMA,
+                "status": "done",
+                "signature": recipe.cell.signature,
+                "reported": {"value": 0.5},
+                **parts,
+            }
+        )
+    assert sweep.run(("seed=0,1,2", f"out={tmp_path}"), None, None) == 0
+    assert "1 of the done cells were made by other code than this; another out= makes them anew" in said
 
 
 def test_a_job_from_other_code_says_so_or_stops(submitted, tmp_path):

@@ -240,6 +240,17 @@ def test_amounts_that_are_not_iterations_say_of_what_they_are(tmp_path, capsys):
     assert "1 not priced: their iterations are counted" in out and "1 not priced: no throughput known" in out
 
 
+def test_flops_are_priced_by_those_that_a_probe_counted(tmp_path):
+    """5e6 a sample, 32 samples an iteration: 1.6e11 are 1,000 iterations, at 496 samples/s 64.5 s."""
+    flops = cell(tmp_path, "budget.amount=1.6e11flop")
+    (tmp_path / "probe").mkdir()
+    found = {"task": flops.cell.task, "work": flops.work, **RUN, "flop_per_sample": 5e6}
+    (tmp_path / "probe" / "x.json").write_text(json.dumps(found))
+    row = price(flops)
+    assert (row["iterations"], row["unit"]) == (1000, "iterations")
+    assert row["training"] == pytest.approx(32_000 / 496)
+
+
 def test_disk_counts_folders_within_a_run_and_says_whom_it_covers(tmp_path, capsys):
     folder = finished(cell(tmp_path))
     (folder / "upstream").mkdir()
@@ -348,7 +359,9 @@ def test_a_probe_prices_its_own_work_and_overwrites_no_other(slow, tmp_path):
     other = slow("data.workers=2", "task.crop_scale=[0.3,1.0]")[0]
     files = sorted(p.name for p in (tmp_path / "probe").iterdir())
     assert files == sorted(f"imagenet_tiny-resnet_narrow-fp32-{r.work}.json" for r in (named, other))
-    assert first["evaluations"] == 1 and 0.35 < first["eval_seconds"] < 2  # forty samples, two workers
+    assert (
+        first["flop_per_sample"] > 1e6 and first["evaluations"] == 1 and 0.35 < first["eval_seconds"] < 2
+    )  # forty samples, two workers
     row = price(cell(tmp_path, "task.batch_size=8", "budget.amount=10it"))
     assert row["training"] == pytest.approx(80 / first["samples_per_second"])
     assert row["evaluating"] == pytest.approx(2 * first["eval_seconds"])

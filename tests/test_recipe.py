@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 
 import pytest
 from conftest import ToyData
 
+from budgeted.cells import RESULT_SCHEMA
 from budgeted.errors import UserError
 from budgeted.recipe import Recipe, flatten, known_key, resolve, same_types, validate
 from tasks import cli
@@ -239,6 +241,53 @@ def test_a_value_of_another_type_is_refused(words, said):
         validate(cfg)
         same_types(cfg, named)
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "rmsprop"])
+def test_a_moving_momentum_goes_with_all_optimizers_but_one(optimizer):
+    words = ("data.root=/nowhere", "mode=plan", "schedule=onecycle")
+    assert cli.recipe((*words, f"optimizer={optimizer}")).schedule.momentum_at
+    with pytest.raises(UserError, match="schedule=onecycle moves the momentum, by which optimizer=schedule_free"):
+        cli.recipe((*words, "optimizer=schedule_free"))
+
+
+def test_a_replay_of_a_run_that_logged_too_little_says_what_to_do(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 0, "lr": 0.1, "progress": 0}\n{"step": 31, "lr": 0.1, "progress": 0.9}\n'
+    )
+    (tmp_path / "config.yaml").write_text("task: {lr: 0.1}\noptimizer: {lr: null}\n")
+    (tmp_path / "result.json").write_text('{"status": "done"}')
+    words = ("data.root=/nowhere", "mode=plan", "schedule=replay", f"schedule.run={tmp_path}")
+    with pytest.raises(UserError, match="logged too few steps; train it anew with log_every=1"):
+        cli.recipe(words)
+
+
+def finished(recipe, digest, root="/elsewhere"):
+    recipe.cell.directory.mkdir(parents=True)
+    reported = {"metric": "top1", "rule": "best", "value": 0.5}
+    data = {"digest": digest, "root": root}
+    recipe.cell.write_result(
+        {
+            "schema": RESULT_SCHEMA,
+            "status": "done",
+            "signature": recipe.cell.signature,
+            "reported": reported,
+            "data": data,
+        }
+    )
+
+
+def test_a_result_of_other_data_is_refused_and_one_of_the_same_elsewhere_is_not(tmp_path):
+    recipe = cli.recipe(("data.root=/nowhere", "mode=plan", f"out={tmp_path}"))
+    known = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, digest="a" * 12))
+    finished(known, "b" * 12)
+    with pytest.raises(UserError, match=r"holds a result on other data, of /elsewhere, .*: give another out="):
+        known.refuse_other_data()
+    recipe.refuse_other_data()  # whose data are not here to be known
+    assert recipe.other_root() == "/elsewhere"
+    same = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, digest="b" * 12))
+    same.refuse_other_data()
+    assert same.other_root() is None
 
 
 def test_null_and_free_options_may_become_anything():

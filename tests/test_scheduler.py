@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from schedulefree import SGDScheduleFree
 
 from budgeted import BudgetedLR, hold, make, warmup
 from budgeted.schedules import SCHEDULES
@@ -127,6 +128,27 @@ def test_optimizers_without_momentum_are_left_alone():
     assert "momentum" not in optimizer.param_groups[0]
 
 
+def test_a_group_without_momentum_keeps_none():
+    """torch's RMSprop and SGD have 0 unless one asks for some: a schedule that moves it does not ask."""
+    two = [torch.nn.Parameter(torch.ones(1)) for _ in range(2)]
+    optimizer = torch.optim.RMSprop(
+        [{"params": [p]} | more for p, more in zip(two, ({}, {"momentum": 0.9}), strict=True)]
+    )
+    scheduler, found = BudgetedLR(optimizer, make("onecycle", low_momentum=0.0), 4), []
+    for _ in range(4):
+        found.append([g["momentum"] for g in optimizer.param_groups])
+        optimizer.step()
+        scheduler.step()
+    assert found == [pytest.approx([0.0, m]) for m in (0.95, 0.475, 0.0, 0.475)]
+
+
+def test_the_momentum_that_schedule_free_averages_by_is_not_moved():
+    optimizer = SGDScheduleFree([torch.nn.Parameter(torch.ones(1))], lr=0.1, momentum=0.9)
+    with pytest.raises(ValueError, match="by which SGDScheduleFree averages"):
+        BudgetedLR(optimizer, make("onecycle"), 5)
+    BudgetedLR(optimizer, make("linear"), 5)
+
+
 # -- tensors, closures, jumps -------------------------------------------------------------------------------
 
 
@@ -209,7 +231,12 @@ def test_base_rates_survive_an_optimizer_that_was_restored_in_mid_run():
     assert again.base_lrs == BASES and again.get_last_lr() == BASES
 
 
-@pytest.mark.parametrize("arguments", [{}, {"total": 0}, {"total": -1}, {"total": 5, "progress": lambda: 0.0}])
+@pytest.mark.parametrize("arguments", [{}, {"total": 0}, {"total": "5%"}, {"total": 5, "progress": lambda: 0.0}])
 def test_wants_a_horizon_or_a_clock(arguments):
     with pytest.raises(ValueError, match="total"):
         BudgetedLR(sgd(), make("linear"), **arguments)
+
+
+def test_wants_a_schedule_not_its_name():
+    with pytest.raises(ValueError, match=r"'linear' is no schedule: make\('linear'\) may be meant"):
+        BudgetedLR(sgd(), "linear", 10)

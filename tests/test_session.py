@@ -16,11 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from budgeted import checkpoint, make, session
+from budgeted import checkpoint, code, make, session
 from budgeted.budgets import Epoch
 from budgeted.checkpoint import BrokenCheckpoint
 from budgeted.distributed import World
 from budgeted.errors import UserError
+from budgeted.machine import device_name
 from budgeted.schedules import SCHEDULES
 from budgeted.session import NonFinite, Session
 from budgeted.signals import Interrupted
@@ -31,7 +32,7 @@ SAME = ("weights_sha256", "metrics", "reported", "iterations_done", "samples_see
 
 @pytest.fixture(autouse=True)
 def no_git(monkeypatch):
-    monkeypatch.setattr("budgeted.session.git_state", lambda: {"commit": None, "dirty": None})
+    monkeypatch.setattr("budgeted.code.git_state", lambda: {"commit": None, "dirty": None})
 
 
 def lines(toy):
@@ -164,7 +165,8 @@ def test_result_has_the_contracts_keys(toy):
     assert result["budget"] == {"amount": "8it", "fraction": 0.4, "iterations": 8, "full_iterations": 20}
     assert (result["iterations_done"], result["samples_seen"], result["resumed"]) == (8, 32, 0)
     root = str(Path("toy").resolve())
-    assert result["data"] == {"name": "toy", "root": root, "n_train": 40, "n_val": 8, "missing": 0}
+    counts = {"n_train": 40, "n_val": 8, "classes": 2, "missing": 0}
+    assert result["data"] == {"name": "toy", "root": root, **counts, "digest": None}
     assert result["train_seconds"] > 0 and result["peak_memory_bytes"] > 1e6
     assert result["weights_sha256"] == checkpoint.tensors_sha256(run.session.model.state_dict().items())
     assert run.recipe.cell.result() == result and run.recipe.cell.state == "done"
@@ -553,6 +555,78 @@ def test_skip_leaves_the_update_out_and_goes_on(toy):
     assert torch.equal(weights[4], weights[5]) and not torch.equal(weights[5], weights[6])
     assert [row["step"] for row in steps(run) if row["loss"] is None] == [4]
     assert all(torch.isfinite(v).all() for v in run.session.model.state_dict().values())
+
+
+# -- who made it --------------------------------------------------------------------------------------------
+
+
+def half(toy, monkeypatch, files, **changed):
+    """A run of 20 iterations that was stopped at 12 and saved at 10, by the code that `files` stand for."""
+    with monkeypatch.context() as patch:
+        patch.setattr(code, "files", lambda: files)
+        toy(**changed).train(stop_at=12)
+
+
+def test_a_result_says_by_which_code_on_what_and_by_how_many_it_was_made(toy, monkeypatch):
+    (part,) = toy().train()["parts"]
+    assert part == {
+        "step": 0, "code": code.digest(code.files()), "world_size": 1, "device": device_name(torch.device("cpu"))
+    }  # fmt: skip
+    half(toy, monkeypatch, code.files(), schedule="cosine")
+    assert len(toy(schedule="cosine").train()["parts"]) == 1  # a resume alone is no new part
+
+
+def test_a_run_that_goes_on_with_other_code_says_so(toy, monkeypatch, said):
+    files = {**code.files(), "budgeted/schedules.py": "0" * 16}
+    half(toy, monkeypatch, files)
+    first, second = toy().train()["parts"]
+    assert (first["code"], first["step"]) == (code.digest(files), 0)
+    assert (second["code"], second["step"]) == (code.digest(code.files()), 10)
+    assert any("goes on at step 10 with other code: budgeted/schedules.py differ" in line for line in said)
+
+
+def test_other_code_is_refused_or_passed_over_as_the_option_says(toy, monkeypatch, said):
+    half(toy, monkeypatch, {"run.py": "0" * 16})
+    run = toy()
+    run.recipe.cfg["code"] = "stop"
+    with pytest.raises(UserError, match="goes on at step 10 with other code: .* and [0-9]+ more differ; code=warn"):
+        run.train()
+    run = toy()
+    run.recipe.cfg["code"] = "ignore"
+    assert len(run.train()["parts"]) == 2
+    assert not any("other code" in line for line in said)
+
+
+def test_another_number_of_processes_is_said(toy, said):
+    toy().train(stop_at=12)
+    content = checkpoint.load(toy().recipe.cell.checkpoint)
+    content["parts"][0]["world_size"] = 4
+    checkpoint.save(toy().recipe.cell.checkpoint, content)
+    assert [part["world_size"] for part in toy().train()["parts"]] == [4, 1]
+    assert any("goes on with 1 processes, before it had 4" in line for line in said)
+
+
+def test_a_run_does_not_go_on_with_other_data(toy):
+    toy().train(stop_at=12)
+    content = checkpoint.load(toy().recipe.cell.checkpoint)
+    content["data"] = {"digest": "0" * 12, "root": "/elsewhere"}
+    checkpoint.save(toy().recipe.cell.checkpoint, content)
+    toy().train(stop_at=11)  # whose data are not known
+    run = toy()
+    run.recipe = dataclasses.replace(run.recipe, data=dataclasses.replace(run.recipe.data, digest="1" * 12))
+    checkpoint.save(run.recipe.cell.checkpoint, content)
+    with pytest.raises(ValueError, match="is of other data, in /elsewhere: give another out="):
+        run.train()
+
+
+def test_weights_are_those_that_were_evaluated(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    with pytest.raises(FileNotFoundError):
+        checkpoint.weights(path)
+    checkpoint.save(path, {"model": {"w": torch.zeros(2)}})
+    assert checkpoint.weights(path)["w"].tolist() == [0, 0]
+    checkpoint.save(path, {"model": {"w": torch.zeros(2)}, "evaluated": {"w": torch.ones(2)}})
+    assert checkpoint.weights(path)["w"].tolist() == [1, 1]
 
 
 # -- the clock ----------------------------------------------------------------------------------------------
