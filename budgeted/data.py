@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import functools
+import logging
 import multiprocessing
 import os
 import signal
@@ -23,6 +25,8 @@ from torch.utils.data import DataLoader, Dataset, _utils, get_worker_info
 from budgeted.budgets import Epoch
 from budgeted.randomness import SAMPLES, key_in, permutation, preserved, seed_cpu, seed_torch, stream
 from budgeted.signals import STOP_SIGNALS
+
+log = logging.getLogger("budgeted")
 
 
 class Positioned(Dataset):
@@ -115,6 +119,10 @@ class Loader(DataLoader):
         # Making an iterator draws a base seed, from torch's own generator unless it is given another.
         super().__init__(dataset, worker_init_fn=start_worker, generator=torch.Generator(), **options)
 
+    def check_worker_number_rationality(self) -> None:
+        """torch's warning of more workers than cores comes from every loader of every run; ours once."""
+        _say_many(self.num_workers)
+
     def __iter__(self) -> Any:
         # Workers start with these signals held, as torch's own handler would end one that is not set up yet.
         held = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
@@ -125,6 +133,15 @@ class Loader(DataLoader):
         if self.num_workers:
             _iterators.add(iterator)
         return iterator
+
+
+@functools.cache
+def _say_many(workers: int) -> None:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if workers > cores:
+        log.info(
+            "data.workers=%d on %d cores: data.workers=%d may be faster, with the same result", workers, cores, cores
+        )
 
 
 _iterators: weakref.WeakSet = weakref.WeakSet()  # those of this process that have workers

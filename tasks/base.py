@@ -178,6 +178,8 @@ def one_line(error: BaseException) -> str:
     text = str(error)
     if "Original Traceback" in text:  # from a data worker: torch puts the traceback into the message
         text = text.strip().splitlines()[-1].partition(": ")[2]
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted before it could save"
     first = " ".join(text.split())[:500] or type(error).__name__
     if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or any(w in first.lower() for w in NO_MEMORY):
         return f"out of memory: {first}; try micro_batch= or precision=bf16"

@@ -95,3 +95,7 @@ def test_a_cell_is_running_from_the_moment_that_it_is_tried_again(tmp_path, monk
     ((state, record),) = seen
     assert (state, record["step"], record["total"], record["error"]) == ("running", 7, 10, None)
     assert recipe.cell.state == "failed"
+
+
+def test_an_interrupt_ahead_of_the_first_step_is_called_so():
+    assert base.one_line(KeyboardInterrupt()) == "interrupted before it could save"

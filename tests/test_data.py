@@ -209,6 +209,14 @@ def test_workers_leave_signals_to_the_trainer():
     assert trainer.exitcode == 0
 
 
+def test_more_workers_than_cores_are_said_once_and_not_by_torch(recwarn, said):
+    for _ in range(3):
+        next(iter(loader(Slow(), 0, Batches(Epoch(8, 2), 0, 4), workers=64)))
+        end_workers()
+    assert sum("data.workers=64 on" in line for line in said) == 1
+    assert not [w for w in recwarn if "worker" in str(w.message)]
+
+
 class Stuck(Slow):
     def __getitem__(self, index):
         time.sleep(1000 if index == 7 else 0)
