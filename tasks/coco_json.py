@@ -18,7 +18,7 @@ from tasks.folder import SPLITS, Data, digest_of, names, near, refuse_outside, s
 
 log = logging.getLogger("budgeted")
 # What is kept of a json.
-KEPT = {"images", "annotated", "classes", "objects", "masked", "degenerate", "without_area", "without_mask"}
+KEPT = {"images", "annotated", "classes", "objects", "degenerate", "without_area", "without_mask", "crowds_without"}
 
 
 def coco_files(root: Path, split: str) -> tuple[Path, Path]:
@@ -48,8 +48,7 @@ def _split(root: Path, split: str) -> dict[str, Any]:
     path, folder = coco_files(root, split)
     where = path.relative_to(root)
     if not path.is_file():
-        closest = near(path.name, path.parent) if path.parent.is_dir() else near("annotations", root)
-        raise wrong(root, f"no {where}", f"unpack annotations_trainval2017.zip here; {closest}")
+        raise wrong(root, f"no {where}", _instead(root, path))
     found = digest(root, path)
     files = [PurePosixPath(name) for name, *_ in found["images"]]
     there = {parent: set(names(folder / parent)) for parent in {file.parent for file in files}}
@@ -60,12 +59,34 @@ def _split(root: Path, split: str) -> dict[str, Any]:
     return found
 
 
+def _instead(root: Path, path: Path) -> str:
+    """What to do for a json of objects that is not there: COCO's own others say nothing of objects."""
+    alien = ("captions_", "image_info_", "panoptic_", "person_keypoints_", "stuff_")
+    own = {coco_files(root, split)[0].name for split in SPLITS}
+    there = [name for name in names(path.parent) if name.endswith(".json") and name not in own]
+    if given := [name for name in there if not name.startswith(alien)]:
+        return f"annotations/ holds {some(given, 3)}: rename or link the right one to that name"
+    closest = near(path.name, path.parent) if path.parent.is_dir() else near("annotations", root)
+    return f"unpack annotations_trainval2017.zip here, or put your own there by that name; {closest}"
+
+
+def maskless(root: Path, split: str) -> str:
+    """Which objects fail a model of masks for want of one, in words; '' for none. A crowd is looked at by the
+    evaluation alone. Raises UserError for a fault in the json."""
+    found = digest(root, coco_files(root, split)[0])
+    if found["without_mask"]:
+        return f"objects without a mask: {found['without_mask']}"
+    crowds = found["crowds_without"] if split == "val" else ""
+    return f"crowds without a mask: {crowds}" if crowds else ""
+
+
 def digest(root: Path, path: Path) -> dict[str, Any]:
     """What listing and checking need of a COCO json, which is parsed once. Raises UserError for a fault in it.
 
     images: [file_name, width, height] each. annotated: how many images have an object that is not a crowd, those that
-    are trained on. classes: names in the order of their ids. masked: has any object a segmentation? degenerate,
-    without_area, without_mask: which objects are, counted in words, '' for none. objects: how many of each class.
+    are trained on. classes: names in the order of their ids. objects: how many of each class. degenerate,
+    without_area, without_mask (of objects that are not a crowd), crowds_without: which are, counted in words, ''
+    for none.
     """
     stat = path.stat()
     return _kept(root, path, stat.st_size, stat.st_mtime_ns)
@@ -108,10 +129,10 @@ def _digest(root: Path, path: Path) -> dict[str, Any]:
         "annotated": len({row["image_id"] for row in rows if not row.get("iscrowd") and _has_shape(row)}),
         "classes": [category["name"] for category in categories],
         "objects": [objects[category["id"]] for category in categories],
-        "masked": any(row.get("segmentation") for row in rows),
         "degenerate": which(_degenerate),
         "without_area": which(lambda row: min(row["bbox"][2:]) <= 0),
-        "without_mask": which(lambda row: not row.get("segmentation")),
+        "without_mask": which(lambda row: not row.get("segmentation") and not row["iscrowd"]),
+        "crowds_without": which(lambda row: not row.get("segmentation") and row["iscrowd"]),
     }
 
 
@@ -136,8 +157,9 @@ REQUIRED: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: isinstance(v, list) and len(v) == 4 and all(map(_finite, v)),
         "it is [x, y, width, height] in pixels",
     ),
-    "area": (_finite, "it is a number of pixels"),
-    "iscrowd": (lambda v: v in (0, 1), "it is 0 or 1"),
+    # What is kept of the evaluation, AP over objects of all sizes, is the same for any area.
+    "area": (_finite, "it is a number of pixels; width x height of its box will do, the AP that is kept is the same"),
+    "iscrowd": (lambda v: v in (0, 1), "it is 0, or 1 for a crowd"),
 }
 
 
@@ -191,7 +213,7 @@ def _cached(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]
     stat = path.stat()
     if stat.st_size < 5_000_000:
         return compute()
-    key = hashlib.sha256(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:5".encode()).hexdigest()[:20]
+    key = hashlib.sha256(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:6".encode()).hexdigest()[:20]
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "budgeted" / f"coco-{key}.json"
     with contextlib.suppress(OSError, ValueError):  # absent, or not ours to read
         kept = json.loads(home.read_text())

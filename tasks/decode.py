@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from budgeted.errors import UserError
-from tasks import coco_json, layouts
+from tasks import coco_json, layouts, zoo
 from tasks.folder import SPLITS, Data, in_line
 
 log = logging.getLogger("budgeted")
@@ -23,6 +23,7 @@ UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBom
 LOCAL = {"protocol_whitelist": "file"}  # a playlist that calls itself .mp4 reaches no network
 AGAIN = "remove it and run mode=prepare"
 ORIENTATION, QUARTER_TURNS = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and its values that swap width and height
+SHOWN = 20  # of the missing clips, of which a large set has thousands
 
 Take = Callable[[Sequence[Any]], Iterator[Any]]  # some of the files of a split
 
@@ -53,11 +54,12 @@ def findings(cfg: Mapping[str, Any], data: Data, sample: int, seconds: float) ->
         passed, broken = layouts.no_images(data.root)
         data = replace(data, passed_over=tuple(passed))
     found = [(path, "has an image's name and is no file: remove it") for path in broken]
+    found += _misfits(cfg) if adapter == "detection" else _missing(data)
     least = int(cfg["task"].get("frames", 1))
-    found += [finding for finding in look[adapter](data, take, least) if finding[0] not in broken]
+    seen = [finding for finding in look[adapter](data, take, least) if finding[0] not in broken]
     if adapter == "video":
-        data = replace(data, missing=tuple(dict.fromkeys((*data.missing, *(path for path, _ in found)))))
-    return data, [in_line(f"{path}: {what}") for path, what in found], next(decoded)
+        data = replace(data, missing=tuple(dict.fromkeys((*data.missing, *(path for path, _ in seen)))))
+    return data, [in_line(f"{path}: {what}") for path, what in (*found, *seen)], next(decoded)
 
 
 def picture_fault(path: str | Path) -> str | None:
@@ -68,8 +70,15 @@ def picture_fault(path: str | Path) -> str | None:
         with Image.open(path) as image:
             image.load()
     except UNREADABLE as error:
-        return str(error).split("\n")[0].replace(f"{str(path)!r}", "the file")
+        return reason(error, path)
     return None
+
+
+def reason(error: BaseException, path: str | Path) -> str:
+    """What Pillow says of a file, in one line and without its path, which the message has already."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image that Pillow knows"
+    return str(error).split("\n")[0].replace(f"{str(path)!r}", "the file")
 
 
 def clip_fault(path: str | Path, least: int = 1) -> str | None:
@@ -109,7 +118,7 @@ def label_fault(picture: str | Path, label: str | Path) -> str | None:
                 return f"is {ids.size[0]} x {ids.size[1]}, its picture {shown[0]} x {shown[1]}{turned}: {fix}"
             pixels = np.asarray(ids)
     except UNREADABLE as error:
-        return f"cannot be decoded ({error}): {AGAIN}"
+        return f"cannot be decoded ({reason(error, label)}): {AGAIN}"
     if pixels.ndim != 2:
         return f"has colours instead of one id a pixel: {AGAIN}"
     odd = [int(v) for v in np.unique(pixels) if v >= len(layouts.STREET_CLASSES) and v != 255]
@@ -151,9 +160,10 @@ def _labels(data: Data, take: Take, _: int) -> Iterator[tuple[str, str]]:
                 yield _within(data, label), fault
 
 
-def _clips(data: Data, take: Take, least: int) -> Iterator[tuple[str, str]]:
-    before = layouts.lost_before(data.root)
-    for clip in data.missing:
+def _missing(data: Data) -> Iterator[tuple[str, str]]:
+    """The first of the clips that are listed and cannot be used, and where all of them are named."""
+    before = layouts.lost_before(data.root) if data.missing else {}
+    for clip in data.missing[:SHOWN]:
         fix = "get it again or take it off the list"
         if clip in before:
             why, fix = f"{before[clip]}, says missing.txt", "get it and run mode=prepare again"
@@ -162,6 +172,13 @@ def _clips(data: Data, take: Take, least: int) -> Iterator[tuple[str, str]]:
         else:
             why = "absent"
         yield clip, f"{why}: training leaves it out; {fix}"
+    if len(data.missing) > SHOWN:
+        known = before.keys() >= set(data.missing)
+        listed = "missing.txt names them all" if known else "mode=prepare writes them all to a missing.txt"
+        yield f"{len(data.missing) - SHOWN} more clips", f"{len(data.missing)} are missing in all: {listed}"
+
+
+def _clips(data: Data, take: Take, least: int) -> Iterator[tuple[str, str]]:
     for split in SPLITS:
         for path, _ in take(layouts.clips(data.root, split)[1]):
             fault = clip_fault(path, least)
@@ -169,8 +186,16 @@ def _clips(data: Data, take: Take, least: int) -> Iterator[tuple[str, str]]:
                 yield _within(data, path), f"{fault}: get it again or take it off the list"
 
 
+def _misfits(cfg: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What training will say of a set and the model of cfg, where they do not go together."""
+    try:
+        zoo.check_masks(cfg)
+    except UserError as error:
+        path, _, what = str(error).partition(": ")
+        yield path, what
+
+
 def _objects(data: Data, take: Take, _: int) -> Iterator[tuple[str, str]]:
-    masked = False
     for split in SPLITS:
         path, folder = layouts.coco_files(data.root, split)
         found = coco_json.digest(data.root, path)
@@ -184,10 +209,6 @@ def _objects(data: Data, take: Take, _: int) -> Iterator[tuple[str, str]]:
         ):
             if ids:
                 yield _within(data, path), f"annotations with {what}: {ids}: they teach nothing; remove them"
-        masked = masked or found["masked"]
-        if masked and (bare := found["without_mask"]):  # boxes alone, in both files, are a set of their own
-            what = f"annotations without a segmentation, where others have one: {bare}"
-            yield _within(data, path), f"{what}: a model of masks fails on them; add it or train on boxes alone"
 
 
 def _other_size(file: Path, listed: tuple[int, int]) -> str | None:

@@ -67,6 +67,7 @@ class Detection:
 
     def __init__(self, cfg: dict, data: DataSummary, device: torch.device) -> None:
         self.cfg, self.device = cfg, device
+        zoo.check_masks(cfg)
         self.config = zoo.config(cfg, len(data.classes), str(device))
         self.config.SOLVER.BASE_LR = float(base.base_lr(cfg))
         self.config.SOLVER.WEIGHT_DECAY = float(base.weight_decay(cfg))
@@ -156,8 +157,8 @@ class Detection:
         """Images with an object that is not a crowd. Masks stay polygons as upstream has them, unless one is RLE."""
         records = get_detection_dataset_dicts([self.names["train"]], filter_empty=True)
         if self.config.MODEL.MASK_ON:
-            masks = [mask_of(a, r) for r in records for a in r["annotations"] if not a.get("iscrowd", 0)]
-            if any(isinstance(mask, dict) for mask in masks):
+            objects = (a for r in records for a in r["annotations"] if not a.get("iscrowd", 0))
+            if any(isinstance(a.get("segmentation"), dict) for a in objects):
                 self.config.INPUT.MASK_FORMAT = "bitmask"
         records = [records[k] for k in layouts.subset(len(records), self.cfg["data"]["subset"])]
         images = Images(records, DatasetMapper(self.config, is_train=True))
@@ -298,15 +299,6 @@ def register(root: Path, split: str) -> str:
         catalog.pop(name, None)
     register_coco_instances(name, {}, str(path), str(folder))
     return name
-
-
-def mask_of(annotation: dict, record: dict) -> list | dict:
-    """The polygons or the RLE of an object. Raises UserError where it has none."""
-    mask = annotation.get("segmentation")
-    if not mask:
-        hint = "task.model=COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml trains on boxes alone"
-        raise UserError(f"{record['file_name']}: an object without a mask; {hint}")
-    return mask
 
 
 def fractions(results: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

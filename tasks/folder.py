@@ -76,10 +76,11 @@ def near(word: str, folder: Path) -> str:
     return f"did you mean {close[0]!r}?" if close else f"the folder holds {some(there) if there else 'nothing'}"
 
 
-def some(items: Iterable[str]) -> str:
+def some(items: Iterable[str], shown: int = 1) -> str:
     """A count and the first of the items, for a message of one line."""
     items = list(items)
-    return f"{len(items)} ({in_line(items[0])}{', ...' if len(items) > 1 else ''})"
+    first = ", ".join(in_line(item) for item in items[:shown])
+    return f"{len(items)} ({first}{', ...' if len(items) > shown else ''})"
 
 
 def in_line(name: str) -> str:

@@ -15,6 +15,7 @@ import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def inspect(cfg: Mapping[str, Any]) -> Data:
             n_train, n_val, classes = tiny.COUNTS[name]
             data = Data(name, root, n_train, n_val, classes, digest=tiny.digest(name))
         else:
-            data = LAYOUTS[cfg["task"]["adapter"]](name, _existing(root, name))
+            data = _listed(name, cfg["task"]["adapter"], _existing(root, name))
     except OSError as error:
         fix = "mend its permissions" if isinstance(error, PermissionError) else "mend or remove it"
         raise wrong(root, f"{error.filename} cannot be read ({error.strerror})", fix) from None
@@ -87,6 +88,18 @@ def data_root(cfg: Mapping[str, Any]) -> Path:
         name = cfg["task"]["name"]
         raise UserError(f"data.root is not set: say where {name}'s files are, e.g. data.root=/data/{name}")
     return Path(root).expanduser()
+
+
+def _listed(name: str, adapter: str, root: Path) -> Data:
+    """The data of an adapter's layout. Raises UserError, which names the layout where it is another one's."""
+    try:
+        return LAYOUTS[adapter](name, root)
+    except UserError:
+        found = next((kind for kind, (_, _, holds) in MARKS.items() if holds(root)), adapter)
+        if found == adapter or MARKS[adapter][2](root):
+            raise
+        what, task, _ = MARKS[found]
+        raise wrong(root, f"this is laid out like {what}", f"task={task} takes it, task={name} does not") from None
 
 
 def _existing(root: Path, name: str) -> Path:
@@ -220,6 +233,12 @@ def streets(root: Path, split: str) -> list[tuple[str, str]]:
     return [(path, f"{labels}{path[len(base) : -len(end)]}_gtFine_labelTrainIds.png") for path in sorted(found)]
 
 
+def sources(label: str) -> tuple[str, str]:
+    """The files of which mode=prepare makes a labelTrainIds file, the better one first."""
+    stem = label.removesuffix("labelTrainIds.png")
+    return f"{stem}labelIds.png", f"{stem}polygons.json"
+
+
 def no_streets(root: Path) -> list[str]:
     """What lies among the street scenes and is none, in paths of root: mmseg passes it over."""
     below = (f"{root}/leftImg8bit/{split}" for split in SPLITS)
@@ -251,11 +270,11 @@ def _cityscapes(name: str, root: Path) -> Data:
         there = {folder: set(names(folder)) for folder in {label.parent for label in labels}}
         lost = [label for label in labels if label.name not in there[label.parent]]
         if lost:
-            stem = lost[0].name.removesuffix("labelTrainIds.png")
-            source = any(f"{stem}{kind}" in there[lost[0].parent] for kind in ("labelIds.png", "polygons.json"))
-            make = f"run mode=prepare task={name} data.root={root} to make them"
+            bare = [label for label in lost if not any(name in there[label.parent] for name in sources(label.name))]
             what = f"labels absent: {some(str(label.relative_to(root)) for label in lost)}"
-            raise wrong(root, what, make if source else "unpack gtFine_trainvaltest.zip here")
+            if len(bare) < len(lost):
+                raise wrong(root, what, f"run mode=prepare task={name} data.root={root} to make them")
+            raise wrong(root, what, "unpack gtFine_trainvaltest.zip here")
         counts.append(len(pairs))
         base = f"{root}/leftImg8bit/{split}/"
         cities.append(Counter(picture.removeprefix(base).rpartition("/")[0] for picture, _ in pairs))
@@ -426,6 +445,27 @@ def _labels_of(unlisted: Iterable[str], classes: tuple[str, ...]) -> dict[str, l
     return {s: [spelt[p[-2]] for p in parts if p[0] == s and len(p) > 2 and p[-2] in spelt] for s in SPLITS}
 
 
+def _is_folders(root: Path) -> bool:
+    some_classes = (root / "train" / name for name in names(root / "train")[:3])
+    pictures = any(file.lower().endswith(IMAGES) for folder in some_classes for file in names(folder))
+    return pictures or is_cifar10(root) or is_packed(root)
+
+
+def _is_kinetics(root: Path) -> bool:
+    if (root / "train_list.csv").is_file():
+        return True
+    with suppress(FileNotFoundError, IsADirectoryError), (root / "train.csv").open("rb") as file:
+        return b"youtube_id" in file.readline(1000)
+    return False
+
+
+# What tells a layout at a glance: in words, the task that takes it, the test. Where two hold, the first is meant.
+MARKS: dict[str, tuple[str, str, Callable[[Path], bool]]] = {
+    "segmentation": ("Cityscapes (leftImg8bit/)", "cityscapes", lambda root: (root / "leftImg8bit").is_dir()),
+    "detection": ("COCO (annotations/*.json)", "coco", lambda root: any(root.glob("annotations/*.json"))),
+    "video": ("Kinetics (train.csv or train_list.csv)", "kinetics", _is_kinetics),
+    "classification": ("class folders (train/<class>/)", "imagenet", _is_folders),
+}
 LAYOUTS: dict[str, Callable[[str, Path], Data]] = {
     "classification": _class_folders,
     "detection": coco_json.summary,

@@ -24,7 +24,7 @@ from PIL import Image
 
 from budgeted.errors import UserError
 from tasks import layouts
-from tasks.decode import LOCAL, UNREADABLE, clip_fault, picture_fault
+from tasks.decode import LOCAL, UNREADABLE, clip_fault, picture_fault, reason
 from tasks.folder import SPLITS, names, near, some, wrong
 
 
@@ -145,7 +145,7 @@ def _pixels(path: str, size: tuple[int, int]) -> np.ndarray:
                 return np.asarray(image.convert("RGB"))
             what = f"is {image.size[0]} x {image.size[1]}, the first {size[0]} x {size[1]}: only equal sizes are packed"
     except UNREADABLE as error:
-        what = f"cannot be decoded ({error}); replace or remove it"
+        what = f"cannot be decoded ({reason(error, path)}); replace or remove it"
     raise UserError(f"{path}: {what}")
 
 
@@ -195,17 +195,21 @@ def _train_id_labels(root: Path, options: Mapping[str, Any], log: logging.Logger
         fix = f"unpack leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip here; {near('leftImg8bit', root)}"
         raise wrong(root, "no leftImg8bit/<split>/<city>/*_leftImg8bit.png", fix)
 
+    bare: list[str] = []
+
     def convert(target: Path) -> str:
         if target.exists():
             return "there already"
         stem = str(target).removesuffix("labelTrainIds.png")
+        label_ids, polygons = map(Path, layouts.sources(str(target)))
         try:
-            if Path(f"{stem}labelIds.png").exists():
-                with Image.open(f"{stem}labelIds.png") as image:
+            if label_ids.exists():
+                with Image.open(label_ids) as image:
                     ids, word = np.asarray(image), "made from labelIds"
-            elif Path(f"{stem}polygons.json").exists():
-                ids, word = _drawn(Path(f"{stem}polygons.json")), "drawn from polygons"
+            elif polygons.exists():
+                ids, word = _drawn(polygons), "drawn from polygons"
             else:
+                bare.append(str(target.relative_to(root)))
                 return "without a source"
             label = Image.fromarray(train_ids(ids))
         except (OSError, SyntaxError, ValueError, LookupError, TypeError) as error:
@@ -216,7 +220,13 @@ def _train_id_labels(root: Path, options: Mapping[str, Any], log: logging.Logger
             label.save(beside)
         return word
 
-    return [f"{root}/gtFine, labelTrainIds: {_counts(_each(convert, targets, options['workers'], log))}"]
+    said = f"{root}/gtFine, labelTrainIds: {_counts(_each(convert, targets, options['workers'], log))}"
+    if bare:  # a finding as mode=check has them: what could be made is made
+        log.info("%s", said)
+        what = f"{some(sorted(bare), 3)} cannot be made: neither labelIds nor polygons are there"
+        log.warning("%s: %s: unpack gtFine_trainvaltest.zip again, or remove the pictures", root, what)
+        raise SystemExit(1)
+    return [said]
 
 
 def _drawn(path: Path) -> np.ndarray:

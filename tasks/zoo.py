@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from budgeted.errors import UserError, nearest
 from budgeted.recipe import flatten
-from tasks import compat
+from tasks import coco_json, compat, layouts
 from tasks.cifar10 import ArraysOnly
+from tasks.folder import SPLITS, wrong
 
 if TYPE_CHECKING:
     import torch
@@ -45,8 +46,13 @@ OWNED = {
 
 
 def check(cfg: Mapping[str, Any]) -> None:
-    """Raise UserError for a model or weights that there are not and an option that is decided elsewhere. Imports no
-    torch."""
+    """Raise UserError for a model or weights that there are not, an option that is decided elsewhere, and data that
+    lack what the model learns. Imports no torch."""
+    _check_names(cfg)
+    check_masks(cfg)
+
+
+def _check_names(cfg: Mapping[str, Any]) -> None:
     task, known = cfg["task"], names()
     address(task["weights"])
     if cfg["compile"]:
@@ -61,14 +67,41 @@ def check(cfg: Mapping[str, Any]) -> None:
                 raise UserError(f"task.options.{name}: decided by {owner}, and nowhere else")
 
 
+def check_masks(cfg: Mapping[str, Any]) -> None:
+    """Raise UserError for objects without a mask where the model learns masks; not while there is no json."""
+    root = layouts.data_root(cfg)
+    for split in SPLITS if masked(cfg["task"]) else ():
+        path = layouts.coco_files(root, split)[0]
+        if path.is_file() and (bare := coco_json.maskless(root, split)):
+            fix = "add them; task.model=COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml trains on boxes alone"
+            raise wrong(root, f"{path.relative_to(root)}: {bare}, which {cfg['task']['model']} needs", fix)
+
+
+def masked(task: Mapping[str, Any]) -> bool:
+    """Does the model learn masks, as its options or the zoo's config and what that is based on say?"""
+    own = flatten(task.get("options") or {}).get("MODEL.MASK_ON")
+    path = _configs() / task.get("model", "")
+    while own is None and path.is_file():
+        text = path.read_text()
+        said = re.search(r"^  MASK_ON: *(\w+)", text, re.MULTILINE)
+        base = re.search(r'^_BASE_: *"?([^"\n]+)', text, re.MULTILINE)
+        own = said[1].lower() == "true" if said else None
+        path = path.parent / (base[1] if base else "")
+    return bool(own)
+
+
 def names() -> list[str]:
     """Detectors of boxes and masks in the zoo, as upstream names their configs; none where it is not installed."""
-    found = importlib.util.find_spec("detectron2")
-    if not found or not found.submodule_search_locations:
-        return []
-    folder = Path(found.submodule_search_locations[0], "model_zoo", "configs")
+    folder = _configs()
     kinds = ("COCO-Detection", "COCO-InstanceSegmentation", "Cityscapes", "PascalVOC-Detection", "Misc")
     return sorted(str(path.relative_to(folder)) for kind in kinds for path in folder.glob(f"{kind}/*.yaml"))
+
+
+def _configs() -> Path:
+    """The folder of the zoo's configs; one that there is not where detectron2 is not installed."""
+    found = importlib.util.find_spec("detectron2")
+    places = found.submodule_search_locations if found else None
+    return Path(places[0] if places else "/nonexistent", "model_zoo", "configs")
 
 
 def address(weights: str) -> str | None:
@@ -106,7 +139,7 @@ def config(cfg: Mapping[str, Any], classes: int, device: str) -> CfgNode:
     Raises UserError for what `check` refuses, for an option or a kind of model that there is not.
     """
     compat.detectron2()
-    check(cfg)
+    _check_names(cfg)
     from detectron2 import model_zoo
 
     task, optimizer = cfg["task"], cfg["optimizer"]

@@ -265,10 +265,13 @@ def test_an_image_that_does_not_decode_is_named(det, cell, tmp_path):
 
 
 def test_an_object_without_a_mask_is_named(det, cell, tmp_path):
+    recipe = cell()
     root = copied(cell, tmp_path, lambda tables: tables["annotations"][0].pop("segmentation"))
-    recipe = cell(f"data.root={root}")
-    with pytest.raises(UserError, match=r"jpg: an object without a mask; task.model=COCO-Detection"):
-        len(det.Detection(recipe.cfg, recipe.data, CPU).train_images)
+    recipe.cfg["data"]["root"] = str(root)
+    with pytest.raises(UserError) as caught:
+        det.Detection(recipe.cfg, recipe.data, CPU)
+    assert "objects without a mask: 1 (1), which COCO-Inst" in str(caught.value)
+    assert layouts.check(recipe.cfg)[1] == [str(caught.value)]
     box = ("task.model=COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml",)
     recipe = cell(f"data.root={root}", *box)
     assert len(det.Detection(recipe.cfg, recipe.data, CPU).train_images) == 120

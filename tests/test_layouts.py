@@ -13,15 +13,20 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from budgeted.errors import UserError
-from tasks import coco_json, compat, decode, layouts, modes, tiny
+from tasks import cli, coco_json, compat, decode, layouts, modes, prepare, tiny, zoo
 from tasks.folder import some
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 real = pytest.mark.skipif(not SHARED.is_dir(), reason="the real data beside the checkout is not here")
 
 
+BOXES = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
+MASKS = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
+
+
 def look(root: Path, adapter: str, check: bool = False, **data):
-    cfg = {"task": {"name": "mine", "adapter": adapter, "frames": 8}, "data": {"root": str(root), **data}}
+    task = {"name": "mine", "adapter": adapter, "frames": 8, "model": BOXES}
+    cfg = {"task": task, "data": {"root": str(root), **data}}
     return layouts.check(cfg)[:2] if check else layouts.inspect(cfg)
 
 
@@ -307,7 +312,7 @@ def test_the_embedded_data_of_a_tiny_task_are_not_proposed_for_another(tmp_path)
 def test_check_finds_what_is_no_image(tmp_path):
     (folders(tmp_path) / "train/cat/0.jpg").write_text("404 not found")
     assert look(tmp_path, "classification", check=True)[1] == [
-        "train/cat/0.jpg: cannot identify image file the file: replace or remove it"
+        "train/cat/0.jpg: not an image that Pillow knows: replace or remove it"
     ]
 
 
@@ -508,8 +513,9 @@ VAL = "annotations/instances_val2017.json"
         ({"annotations": row(bbox=[1, 1, float("nan"), 3])},
          "annotation 7 has bbox [1, 1, nan, 3]: it is [x, y, width, height] in pixels"),
         ({"annotations": row(bbox=[1, 1, 3])}, "annotation 7 has bbox [1, 1, 3]: it is [x, y, width, height] in pixels"),
-        ({"annotations": row(area="9")}, "annotation 7 has area 9: it is a number of pixels"),
-        ({"annotations": row(iscrowd=None)}, "annotation 7 has iscrowd None: it is 0 or 1"),
+        ({"annotations": row(area="9")}, "annotation 7 has area 9: it is a number of pixels; "
+         "width x height of its box will do, the AP that is kept is the same"),
+        ({"annotations": row(iscrowd=None)}, "annotation 7 has iscrowd None: it is 0, or 1 for a crowd"),
         ({"annotations": row(iscrowd=1)},
          "has no object that is not a crowd: annotate some: AP would be 0 without one"),
         ({"categories": [{"id": 3}, {"id": 9, "name": "dog"}]}, "category 3 has no name: give it one"),
@@ -537,16 +543,78 @@ def test_coco_validation_without_an_object_is_refused(tmp_path):
     )
 
 
-def test_coco_check_finds_objects_without_a_mask_among_others(tmp_path):
-    coco(tmp_path, annotations=row())
-    path, end = tmp_path / VAL, ": a model of masks fails on them; add it or train on boxes alone"
+@pytest.mark.parametrize("given", ["train", "val"])
+def test_a_model_of_masks_is_refused_objects_without_one_by_check_and_before_a_sweep(tmp_path, given):
+    """In the words of training: tests/test_detection.py has that side."""
+    pytest.importorskip("detectron2")
+    path = coco(tmp_path) / f"annotations/instances_{given}2017.json"
     tables = json.loads(path.read_text())
-    path.write_text(json.dumps({**tables, "annotations": row()}))
-    assert look(tmp_path, "detection", check=True)[1] == []
-    path.write_text(json.dumps({**tables, "annotations": [*tables["annotations"], *row()]}))
-    assert look(tmp_path, "detection", check=True)[1] == [
-        f"{VAL}: annotations without a segmentation, where others have one: 1 (7){end}"
-    ]
+    path.write_text(json.dumps({**tables, "annotations": [*tables["annotations"], *row(), *row(id=8, iscrowd=1)]}))
+    words = ("task=coco_tiny", f"data.root={tmp_path}")
+    with pytest.raises(UserError) as caught:
+        cli.recipe(words)
+    assert str(caught.value) == (
+        f"data.root={tmp_path}: annotations/instances_{given}2017.json: objects without a mask: 1 (7), which {MASKS} "
+        f"needs: add them; task.model={BOXES} trains on boxes alone"
+    )
+    assert layouts.check(cli.configuration(words))[1] == [str(caught.value)]
+    boxes = (*words, f"task.model={BOXES}", "task.batch_size=2")
+    assert layouts.check(cli.configuration(boxes))[1] == [] and cli.recipe(boxes).data.n_train == 2
+
+
+def test_a_crowd_without_a_mask_fails_the_evaluation_alone(tmp_path):
+    pytest.importorskip("detectron2")
+    for split, refused in (("train", False), ("val", True)):
+        path = coco(tmp_path / split) / f"annotations/instances_{split}2017.json"
+        tables = json.loads(path.read_text())
+        path.write_text(json.dumps({**tables, "annotations": [*tables["annotations"], *row(iscrowd=1)]}))
+        cfg = {"task": {"model": MASKS}, "data": {"root": str(tmp_path / split)}}
+        with pytest.raises(UserError, match=r"crowds without a mask: 1 \(7\)") if refused else nullcontext():
+            zoo.check_masks(cfg)
+
+
+def test_which_models_of_the_zoo_learn_masks_is_what_upstream_says():
+    pytest.importorskip("detectron2")
+    compat.detectron2()
+    from detectron2 import model_zoo
+
+    names = zoo.names()
+    assert len(names) > 20
+    for name in names:
+        assert zoo.masked({"model": name}) == model_zoo.get_config(name).MODEL.MASK_ON, name
+    assert not zoo.masked({"model": MASKS, "options": {"MODEL": {"MASK_ON": False}}})
+
+
+def test_jsons_of_the_users_own_names_are_named(tmp_path):
+    coco(tmp_path)
+    for name in ("b.json", "a.json", "captions_train2017.json", "notes.txt"):
+        (tmp_path / "annotations" / name).touch()
+    (tmp_path / TRAIN).unlink()
+    assert fault(tmp_path, "detection") == (
+        f"no {TRAIN}: annotations/ holds 2 (a.json, b.json): rename or link the right one to that name"
+    )
+
+
+# A folder of another layout.
+
+
+def test_a_folder_of_another_layout_names_the_task_that_takes_it(tmp_path):
+    made = {
+        "classification": (folders(tmp_path / "pictures"), "class folders (train/<class>/)", "imagenet"),
+        "detection": (coco(tmp_path / "objects"), "COCO (annotations/*.json)", "coco"),
+        "segmentation": (streets(tmp_path / "streets"), "Cityscapes (leftImg8bit/)", "cityscapes"),
+        "video": (videos(tmp_path / "clips"), "Kinetics (train.csv or train_list.csv)", "kinetics"),
+    }
+    for own, (root, what, task) in made.items():
+        for adapter in made.keys() - {own}:
+            assert fault(root, adapter) == f"this is laid out like {what}: task={task} takes it, task=mine does not"
+
+
+def test_a_csv_beside_class_folders_is_not_kinetics(tmp_path):
+    (folders(tmp_path, splits=["train"]) / "train.csv").write_text("image,label\n")
+    assert fault(tmp_path, "classification").startswith("no class folders with images in val/")
+    shutil.rmtree(tmp_path / "train")
+    assert fault(tmp_path, "classification").startswith("no class folders with images in train/")
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../1.jpg", "a/../../1.jpg", "..\\1.jpg", ""])
@@ -589,7 +657,8 @@ def test_coco_json_of_another_form(tmp_path, text, line):
 def test_coco_without_annotations_folder(tmp_path):
     shutil.move(coco(tmp_path) / "annotations", tmp_path / "annotation")
     assert fault(tmp_path, "detection") == (
-        f"no {TRAIN}: unpack annotations_trainval2017.zip here; did you mean 'annotation'?"
+        f"no {TRAIN}: unpack annotations_trainval2017.zip here, or put your own there by that name; "
+        "did you mean 'annotation'?"
     )
 
 
@@ -871,6 +940,21 @@ def test_what_is_no_clip_is_missing(tmp_path, make, fault):
     data, (finding,) = look(tmp_path, "video", check=True)
     name = str(path.relative_to(tmp_path))
     assert (data.n_val, data.missing) == (1, (name,)) and finding.startswith(f"{name}: {fault}: training leaves it out")
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_of_many_missing_clips_the_first_are_named_and_all_are_counted(tmp_path, prepared):
+    rows = "".join(f"walk,gone{k:02d},0,10,val\n" for k in range(30))
+    (videos(tmp_path) / "val.csv").write_text(OFFICIAL + "sit down,aa,3,13,val\nwalk,bb,0,10,val\n" + rows)
+    if prepared:
+        options = {"prepare": {"short_side": None, "workers": 1}}
+        cfg = {"task": {"name": "mine", "adapter": "video"}, "data": {"root": str(tmp_path)}, **options}
+        prepare.prepare(cfg, decode.log)
+    data, findings = look(tmp_path, "video", check=True)
+    assert (data.n_val, len(data.missing), len(findings)) == (2, 30, 21)
+    assert findings[19].startswith("val/walk/gone19_000000_000010.mp4: absent")
+    listed = "missing.txt names them all" if prepared else "mode=prepare writes them all to a missing.txt"
+    assert findings[20] == f"10 more clips: 30 are missing in all: {listed}"
 
 
 def test_clip_without_video_is_missing(tmp_path):

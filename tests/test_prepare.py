@@ -183,9 +183,7 @@ def test_a_damaged_first_picture_is_named(small, split):
     first.write_bytes(b"404 not found")
     with pytest.raises(UserError) as caught:
         run(small, "classification", pack=True)
-    assert str(caught.value) == (
-        f"{first}: cannot be decoded (cannot identify image file the file); replace or remove it"
-    )
+    assert str(caught.value) == (f"{first}: cannot be decoded (not an image that Pillow knows); replace or remove it")
 
 
 @pytest.mark.parametrize(
@@ -288,6 +286,37 @@ def test_polygons_of_an_unknown_label(tmp_path):
     street(tmp_path, "000000", None, [("spaceship", [[0, 0], [3, 0], [3, 5]])])
     with pytest.raises(UserError, match=r"unknown labels \['spaceship'\]"):
         run(tmp_path, "segmentation")
+
+
+def test_labels_without_a_source_are_named_and_the_rest_is_made(tmp_path, said):
+    made = street(tmp_path, "000000", np.full((6, 8), 7, np.uint8))
+    gone = [street(tmp_path, f"{k:06d}", np.full((6, 8), 7, np.uint8)) for k in range(1, 3)]
+    for label in gone:
+        for split in ("train", "val"):
+            Path(str(label).replace("/val/", f"/{split}/").replace("labelTrainIds", "labelIds")).unlink()
+    with pytest.raises(UserError, match="labels absent: 3 .* run mode=prepare"):  # the first alone has a source
+        look(tmp_path, "segmentation")
+    with pytest.raises(SystemExit) as caught:
+        run(tmp_path, "segmentation")
+    assert caught.value.code == 1 and made.exists()
+    stem = "gtFine/train/ulm/ulm_00000{}_000019_gtFine_labelTrainIds.png"
+    names = f"{stem.format(1)}, {stem.format(2)}, {stem.format(1).replace('train', 'val')}, ..."
+    assert said[-2:] == [
+        f"{tmp_path}/gtFine, labelTrainIds: 2 made from labelIds, 4 without a source",
+        f"{tmp_path}: 4 ({names}) cannot be made: neither labelIds nor polygons are there: "
+        "unpack gtFine_trainvaltest.zip again, or remove the pictures",
+    ]
+    with pytest.raises(UserError, match=r"labels absent: 2 .*unpack gtFine_trainvaltest\.zip here"):
+        look(tmp_path, "segmentation")
+
+
+def test_a_first_label_without_a_source_does_not_hide_that_the_others_have_one(tmp_path):
+    first = street(tmp_path, "000000", np.full((6, 8), 7, np.uint8))
+    street(tmp_path, "000001", None, [("sky", [[0, 0], [3, 0], [3, 5]])])
+    for split in ("train", "val"):
+        Path(str(first).replace("/val/", f"/{split}/").replace("labelTrainIds", "labelIds")).unlink()
+    with pytest.raises(UserError, match="labels absent: 2 .*: run mode=prepare task=mine data.root="):
+        look(tmp_path, "segmentation")
 
 
 @real
