@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -235,7 +236,7 @@ def _recipe(cfg: Config, choices: Mapping[str, str]) -> Recipe:
             f"task.lr={cfg['task']['lr']}: is the rate of sgd; with optimizer={name} set optimizer.lr ({own})"
         )
     if cfg["mode"] in ("train", "probe"):
-        _check_model(cfg)
+        _check_model(json.dumps({k: v for k, v in cfg.items() if k not in ("seed", "schedule", "budget")}))
         _check_out(cfg["out"])
     data = _nominal(cfg) if cfg["mode"] in ("plan", "status") else None
     if data is None:
@@ -258,8 +259,13 @@ def _check_out(out: str) -> None:
         raise UserError(f"out={out}: {there} may not be written to")
 
 
-def _check_model(cfg: Config) -> None:
-    """What can be told of a model and its weights without importing torch; an absent package is named later."""
+@functools.cache
+def _check_model(parts: str) -> None:
+    """What can be told of a model and its weights without importing torch; an absent package is named later.
+
+    `parts`: the configuration as JSON, without what most cells of a sweep differ in.
+    """
+    cfg = json.loads(parts)
     adapter, model = cfg["task"]["adapter"], cfg["task"]["model"]
     if adapter == "detection":
         zoo.check(cfg)
