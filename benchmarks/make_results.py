@@ -48,7 +48,7 @@ def record(task: str, schedule: str, budget: str, seed: int, signature: str, rng
     metric, rule, full, batch, low, high, n_train, n_val = TASKS[task]
     fraction = float(budget[:-1]) / 100
     iterations = max(1, round(fraction * full))
-    level = low + (high - low) * (1 + math.log10(fraction) / 2) ** 0.6 + 0.02 * EDGE[schedule] * (1 - fraction)
+    level = low + (high - low) * (1 + math.log10(fraction) / 2) ** 0.6 + 0.02 * EDGE.get(schedule, 0.0) * (1 - fraction)
     value = min(1.0, max(0.0, level + rng.gauss(0, 0.003)))
     values = {"final": value - (0.001 if rule == "best" else 0), "best": value + (0 if rule == "best" else 0.001)}
     step = iterations - 1 if schedule in ("linear", "rex", "cosine") else round(0.93 * iterations)
@@ -65,7 +65,12 @@ def record(task: str, schedule: str, budget: str, seed: int, signature: str, rng
         "iterations_done": iterations, "samples_seen": iterations * batch, "train_seconds": seconds,
         "eval_seconds": seconds * 0.05, "data_wait_seconds": seconds * 0.02, "compile_seconds": 0.0,
         "samples_per_second": rate, "peak_memory_bytes": 7 * 2**30, "device": "synthetic", "precision": "fp32",
-        "world_size": 1, "resumed": 0, "data": {"name": task, "n_train": n_train, "n_val": n_val, "missing": 0},
+        "world_size": 1, "resumed": 0,
+        "parts": [{"step": 0, "code": "0" * 12, "world_size": 1, "device": "synthetic"}],
+        "data": {
+            "name": task, "root": f"/data/{task}", "n_train": n_train, "n_val": n_val, "missing": 0,
+            "classes": 10, "digest": hashlib.sha256(task.encode()).hexdigest()[:12],
+        },
         "weights_sha256": hashlib.sha256(f"{task}{schedule}{budget}{seed}".encode()).hexdigest(),
         "versions": {"torch": "2.14.1", "python": "3.11.7"}, "git": {"commit": "0" * 40, "dirty": False},
         "started": "2026-01-01T00:00:00+00:00", "finished": "2026-01-02T00:00:00+00:00",

@@ -12,17 +12,23 @@ from typing import Any, NamedTuple
 
 from benchmarks.published import RECIPES
 from benchmarks.results import Entry, clean, seconds_text
+from benchmarks.statistics import Summary
 from benchmarks.tables import (
     AXES,
     Grid,
     Square,
     Verdict,
+    answers,
+    apart,
     compare,
     costs,
+    differences,
+    differences_text,
     leader,
+    percent,
     published_notes,
-    ranking,
     reach,
+    remarks,
     secondary,
     sentence,
 )
@@ -66,9 +72,7 @@ def join(parts: Iterable[Html]) -> Html:
 def value_text(square: Square) -> str:
     """'30.63 ± 0.36' in percent, '30.63' for one run, '—' for none."""
     s = square.summary
-    if not s.n:
-        return "—"
-    return f"{100 * s.mean:.2f}" + ("" if math.isnan(s.std) else f" ± {100 * s.std:.2f}")
+    return percent(s) if s.n else "—"
 
 
 def count_text(square: Square, seeds: int) -> str:
@@ -136,29 +140,26 @@ def grid_table(grid: Grid) -> Html:
                 under.append(tag("small", short, cls="short"))
             cells.append(tag("td", main, *under, cls="" if square.values else "gap"))
         rows.append(tag("tr", *cells))
-    foot = _difference_row(grid)
+    foot = _differences(grid)
     return _scroll(tag("table", _head(["schedule", *grid.budgets]), tag("tbody", *rows), foot, cls="grid"))
 
 
-def _difference_row(grid: Grid) -> Html:
-    verdict = compare(grid)
-    if not verdict:
-        return Html("")
-    cells = []
-    for budget in grid.budgets:
-        d = verdict.differences.get(budget)
-        if d is None:
-            cells.append(tag("td", "—"))
-            continue
-        span = [] if math.isnan(d.low) else [tag("small", f"{signed(d.low)} to {signed(d.high)}")]
-        cells.append(tag("td", signed(d.mean), *span))
-    name = tag(
-        "th",
-        f"{verdict.first} − {verdict.second}",
-        tag("small", "points" + ", 95% interval" * any(d.n > 1 for d in verdict.differences.values())),
-        scope="row",
-    )
-    return tag("tfoot", tag("tr", name, *cells))
+def difference_text(d: Summary) -> tuple[str, str]:
+    """A difference in points and its 95% interval, "" for one seed."""
+    return signed(d.mean), "" if math.isnan(d.low) else f"{signed(d.low)} to {signed(d.high)}"
+
+
+def _differences(grid: Grid) -> Html:
+    """The foot of a table: a row per comparison."""
+    rows = []
+    for verdict in differences(grid):
+        name = tag("th", f"{verdict.first} − {verdict.second}", tag("small", "points"), scope="row")
+        cells = []
+        for budget in grid.budgets:
+            mean, span = difference_text(d) if (d := verdict.differences.get(budget)) else ("—", "")
+            cells.append(tag("td", mean, *([tag("small", span)] if span else [])))
+        rows.append(tag("tr", name, *cells))
+    return tag("tfoot", *rows) if rows else Html("")
 
 
 def _tint(d: Any) -> str:
@@ -166,8 +167,7 @@ def _tint(d: Any) -> str:
     if d.mean == 0:
         return "even"
     size = sum(abs(100 * d.mean) >= limit for limit in (0.3, 1, 3))
-    sure = not math.isnan(d.low) and (d.low > 0 or d.high < 0)
-    return f"{'win' if d.mean > 0 else 'loss'}{size}" + (" sure" if sure else "")
+    return f"{'win' if d.mean > 0 else 'loss'}{size}" + (" sure" if apart(d) else "")
 
 
 def overview(verdicts: Sequence[Verdict]) -> Html:
@@ -205,7 +205,7 @@ def _columns(verdicts: Sequence[Verdict]) -> list[str]:
 def anchor(grid: Grid) -> str:
     """The id of a task's section."""
     key = f"{grid.task}/{grid.optimizer}/{grid.metric}/{grid.rule}/{grid.family}"
-    key += "".join(f"/{d}" for d in grid.departures)
+    key += "".join(f"/{d}" for d in grid.departures) + (f"/{grid.data}" if grid.data else "")
     return "t" + hashlib.sha256(key.encode()).hexdigest()[:8]
 
 
@@ -243,9 +243,8 @@ def task_section(grid: Grid, pictures: Sequence[Picture]) -> Html:
     possible = sum(len(q.seeds) for q in grid.squares.values())
     missing = sum(q.missing for q in grid.squares.values())
     unfinished = sum(sum(q.states.values()) for q in grid.squares.values())
-    says = [sentence([verdict]) + "." if verdict else leader(grid), reach(grid), ranking(grid)]
-    if grid.task.endswith("_tiny"):
-        says.append("Embedded data: this shows that the code path works, not how a schedule fares.")
+    best = leader(grid)
+    says = [sentence([verdict]) + "." if verdict else best and f"{best}.", reach(grid)]
     facts = f"{finished} of {possible} runs finished" + (
         f", {unfinished} unfinished or unreadable" if unfinished else ""
     )
@@ -258,7 +257,9 @@ def task_section(grid: Grid, pictures: Sequence[Picture]) -> Html:
     title = grid.title if grid.family == "fraction" else f"{grid.title}, {AXES[grid.family].removeprefix('budget, ')}"
     parts = [tag("h2", title), *departures(grid), tag("p", meta, cls="meta")]
     parts.append(tag("p", " ".join(filter(None, says)), cls="says"))
-    parts += [grid_table(grid), tag("p", " ".join([unit_text(grid), *sources(grid)]), cls="note")]
+    parts += [tag("p", line, cls="meta") for line in answers(grid)]
+    parts += [grid_table(grid), *[tag("p", line, cls="note") for line in remarks(grid)]]
+    parts.append(tag("p", " ".join([unit_text(grid), differences_text(grid), *sources(grid)]), cls="note"))
     parts.append(tag("div", *[_figure(p) for p in pictures], cls="figures"))
     for other in secondary(grid):
         parts.append(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from benchmarks.results import Curve
-from benchmarks.tables import AXES, ORDER, PAIR, Grid, compare, full_value
+from benchmarks.tables import AXES, ORDER, PAIR, Grid, baseline, compare, full_value
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -217,32 +217,41 @@ def budget_curve(grid: Grid) -> bytes:
     return png(figure)
 
 
+def reference(grid: Grid) -> str:
+    """The schedule that differences are drawn above: step, the paper's rival, or else the baseline of the table."""
+    return PAIR[1] if PAIR[1] in grid.schedules else baseline(grid)
+
+
 def gain_curve(grid: Grid) -> bytes:
-    """Paired difference to `step` in percentage points against the budget; a band is a 95% interval of the mean.
+    """Paired difference to `reference` in percentage points against the budget; a band is a 95% interval of the mean.
 
     Two seeds have no band: their interval, in the table, is 12.7 standard errors wide and would flatten all else.
     """
     figure, axes = _axes()
     budgets, ends = drawable(grid), {}
     crowd, banded = len(grid.schedules) > 6, False
-    axes.axhline(0, color=style(PAIR[1]).colour, linewidth=1.9)
-    for schedule in reversed([s for s in grid.schedules if s != PAIR[1]]):
-        verdict = compare(grid, schedule)
+    base = reference(grid)
+    rivals = [s for s in grid.schedules if s != base]
+    foremost = PAIR[0] if PAIR[0] in rivals else rivals[0]
+    axes.axhline(0, color=style(base).colour, linewidth=1.9)
+    for schedule in reversed(rivals):
+        verdict = compare(grid, schedule, base)
         found = [(grid.position[b], d) for b in budgets if verdict and (d := verdict.differences.get(b))]
         if not found:
             continue
         x, mean = np.array([x for x, _ in found]), 100 * np.array([d.mean for _, d in found])
-        _line(axes, schedule, x, mean, schedule == PAIR[0] or not crowd)
-        if schedule == PAIR[0]:
+        _line(axes, schedule, x, mean, schedule == foremost or not crowd)
+        if schedule == foremost:
             ends_of = [(d.low, d.high) if d.n > 2 else (math.nan, math.nan) for _, d in found]
             low, high = 100 * np.array(ends_of).T
             axes.fill_between(x, low, high, color=style(schedule).colour, alpha=0.18, linewidth=0)
             banded = not np.isnan(low).all()
         ends[schedule] = (float(x[-1]), float(mean[-1]))
-    ends[PAIR[1]] = (grid.position[budgets[-1]], 0.0)
+    ends[base] = (grid.position[budgets[-1]], 0.0)
     _budget_axis(axes, grid, budgets)
-    band = " (band: 95% interval)" if banded else ""
-    _name(axes, AXES[grid.family], f"{plain(grid.metric)}, points above {PAIR[1]}{band}")
+    whose = f" of {plain(foremost, NAME)}" if len(rivals) > 1 else ""
+    band = f" (band: 95% interval{whose})" if banded else ""
+    _name(axes, AXES[grid.family], f"{plain(grid.metric)}, points above {plain(base, NAME)}{band}")
     _direct_labels(axes, dict(reversed(ends.items())))
     return png(figure)
 

@@ -17,17 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import page, plots, tables
-from benchmarks.results import Curve, Entry, clean, exact_rates, read_curve, scan, with_missing
-from benchmarks.tables import Grid, Verdict
+from benchmarks.results import Curve, Entry, clean, elsewhere_text, exact_rates, read_curve, scan, with_missing
+from benchmarks.tables import Grid
 
 if TYPE_CHECKING:
     from rich.console import Group
 
 log = logging.getLogger("budgeted")
-ELSEWHERE = (
-    "These lie deeper than <task>/<schedule>/<budget>/s<seed>: copies, or runs of another directory. They count "
-    "nowhere here; mode=report out=DIR with their own directory reports them."
-)
 MISSING = (
     "Sweeps asked for these and there is nothing of them: the same sweep command launches them. What was dropped on "
     "purpose counts as missing until the cells.json that asked for it is deleted."
@@ -67,6 +63,11 @@ class Survey:
         """The notes of what is missing, each once: the files that ask for it. The first few, the rest counted."""
         notes = sorted({e.note for e in self.entries if e.state == "missing"})
         return notes[:ASKING] + ([f"{len(notes) - ASKING} more that index.html names"] if len(notes) > ASKING else [])
+
+    @property
+    def apart(self) -> str:
+        """What lies deeper than cells of `out` do, and how to report it; "" for nothing. As mode=status says it."""
+        return elsewhere_text([e.path for e in self.elsewhere])
 
     @property
     def headline(self) -> str:
@@ -135,8 +136,9 @@ def _jobs(grid: Grid, budget: str, curves: dict[str, Curve]) -> Iterator[tuple[s
     what = f"{grid.metric} on {grid.title}"
     if len(budgets) > 1:
         yield "budget", f"{what} against the budget, a line per schedule", plots.budget_curve, grid
-        if any(tables.compare(grid, s) for s in grid.schedules if s != tables.PAIR[1]):
-            yield "gain", f"{what} above step, paired over seeds", plots.gain_curve, grid
+        base = plots.reference(grid)
+        if any(tables.compare(grid, s, base) for s in grid.schedules if s != base):
+            yield "gain", f"{what} above {base}, paired over seeds", plots.gain_curve, grid
     if budgets and len(grid.schedules) > 2:  # of two the table says as much
         yield "heat", f"{what}: schedule by budget", plots.heat_map, grid
     if curves:
@@ -170,8 +172,8 @@ def sample_curves(grid: Grid) -> tuple[str, dict[str, Curve]]:
 
 def to_html(found: Survey, pictures: dict[int, list[page.Picture]], skipped: int = 0) -> str:
     """The page as text."""
-    verdicts = [v for g in found.grids if g.family == "fraction" and (v := tables.compare(g))]
-    body = [page.masthead(found.headline, _standfirst(found, verdicts), found.counts)]
+    verdicts = [v for g in tables.speaking(found.grids) if g.family == "fraction" and (v := tables.compare(g))]
+    body = [page.masthead(found.headline, _standfirst(found), found.counts)]
     if verdicts:
         body.append(page.overview(verdicts))
     body += [page.task_section(grid, pictures.get(i, [])) for i, grid in enumerate(found.grids)]
@@ -192,18 +194,18 @@ def to_html(found: Survey, pictures: dict[int, list[page.Picture]], skipped: int
     if asked := [e for e in found.entries if e.state == "missing"]:
         body.append(page.entry_section("Missing", MISSING, asked, found.out, "asked for by"))
     if found.elsewhere:
-        body.append(page.entry_section("Elsewhere", ELSEWHERE, found.elsewhere, found.out))
+        body.append(page.entry_section("Elsewhere", found.apart, found.elsewhere, found.out))
     body.append(_colophon(found, skipped, max(0, sum(len(plots.drawable(g)) > 1 for g in found.grids) - DRAWN)))
     return page.document(f"{found.headline} - Budgeted training", body)
 
 
-def _standfirst(found: Survey, verdicts: Sequence[Verdict]) -> list[str]:
+def _standfirst(found: Survey) -> list[str]:
     if not found.entries:
         return ["Start with: python run.py -m sweep=smoke"]
-    speaking = [v for v in verdicts if not v.grid.task.endswith("_tiny")] or list(verdicts)
-    known = [d for v in speaking for d in v.differences.values() if not math.isnan(d.low)]
+    spoken = [v for g in tables.speaking(found.grids) if (v := tables.compare(g))]
+    known = [d for v in spoken for d in v.differences.values() if d.n > 1]
     if not known:
-        return ["One seed per cell: no interval can be given." if speaking else ""]
+        return ["One seed per cell: no interval can be given."] if spoken else []
     ahead, behind = sum(d.low > 0 for d in known), sum(d.high < 0 for d in known)
     line = f"The 95% interval of the paired difference is above zero at {ahead} of {len(known)}"
     return [line + (f" and below it at {behind}." if behind else ".")]
@@ -211,9 +213,10 @@ def _standfirst(found: Survey, verdicts: Sequence[Verdict]) -> list[str]:
 
 def _colophon(found: Survey, skipped: int, undrawn: int) -> page.Html:
     lines = [
-        "A difference is taken seed by seed; its interval is Student's t at 95%. Mean ranks count only schedules "
-        "with all seeds at every budget where two can be compared. A result counts only if its file is whole and "
-        "agrees with its directory.",
+        "A difference is taken seed by seed; its interval is Student's t at 95%. Two schedules are told apart where "
+        "it leaves zero; the best of many does so by chance more easily than one of two. Schedules stand in the order "
+        "of their mean rank, which counts only those with all seeds at every budget where two can be compared. A "
+        "result counts only if its file is whole and agrees with its directory.",
         "Published numbers stand beside ours only for the unaltered recipe that they belong to.",
         *(tables.provenance(found.entries) if found.grids else []),
     ]
@@ -234,10 +237,11 @@ def _md(text: object, limit: int = 120) -> str:
 
 def markdown(found: Survey) -> str:
     """table.md: the headline, then a table per task."""
-    lines = [f"**{_md(found.headline)}**", ""]
+    lines = [f"**{_md(found.headline, 2000)}**", ""]
+    lines += [part for line in _standfirst(found) for part in (_md(line, 1000), "")]
     lines += [", ".join(f"{n:,} {state}" for state, n in found.counts.items() if n), ""]
     for grid in found.grids:
-        lines += [f"### {_md(grid.title)}: {_md(grid.metric or 'nothing finished')}, {AXIS[grid.family]}", ""]
+        lines += [f"### {_md(grid.title, 1000)}: {_md(grid.metric or 'nothing finished')}, {AXIS[grid.family]}", ""]
         if grid.departures:
             lines += [f"Departs from {_md(grid.task)} in " + _md(", ".join(map(str, grid.departures)), 1000) + ".", ""]
         lines.append("| schedule | " + " | ".join(_md(b) for b in grid.budgets) + " |")
@@ -246,21 +250,18 @@ def markdown(found: Survey) -> str:
         for schedule in grid.schedules:
             cells = [_md_cell(grid, schedule, b, schedule in best[b]) for b in grid.budgets]
             lines.append(f"| {_md(schedule)} | " + " | ".join(cells) + " |")
-        if verdict := tables.compare(grid):
-            ahead = [verdict.differences.get(b) for b in grid.budgets]
-            shown = ["—" if d is None else page.signed(d.mean) for d in ahead]
-            lines.append(f"| *{verdict.first} − {verdict.second}* | " + " | ".join(shown) + " |")
-        lines += [
-            "",
-            " ".join(_md(line, 1000) for line in (page.unit_text(grid), *page.sources(grid))),
-            "",
-        ]
+        for verdict in tables.differences(grid):
+            shown = [_md_difference(verdict.differences.get(b)) for b in grid.budgets]
+            lines.append(f"| *{_md(verdict.first)} − {_md(verdict.second)}* | " + " | ".join(shown) + " |")
+        lines += ["", *(f"- {_md(line, 1000)}" for line in (*tables.answers(grid), *tables.remarks(grid)))]
+        notes = (page.unit_text(grid), tables.differences_text(grid), *page.sources(grid))
+        lines += ["", " ".join(_md(line, 1000) for line in notes if line), ""]
     if files := found.asking:
         lines += [f"{_md(MISSING, 1000)} Here: {', '.join(map(_md, files))}.", ""]
     if broken := found.counts["unreadable"]:
         lines += [f"{broken:,} unreadable results count nowhere; index.html lists them.", ""]
     if found.elsewhere:
-        lines += [f"{len(found.elsewhere):,} deeper directories count nowhere; index.html lists them.", ""]
+        lines += [f"{_md(found.apart, 2000)} index.html lists them.", ""]
     return "\n".join(lines)
 
 
@@ -277,11 +278,17 @@ def _md_cell(grid: Grid, schedule: str, budget: str, best: bool) -> str:
     return text + (f"<br>{beside}" if beside else "")
 
 
+def _md_difference(d: tables.Summary | None) -> str:
+    mean, span = page.difference_text(d) if d else ("—", "")
+    return mean + (f"<br>{span}" if span else "")
+
+
 COLUMNS = (
-    "task", "altered", "optimizer", "schedule", "budget", "axis", "position", "metric", "reported", "rule", "n",
+    "task", "data", "data_digest", "altered",
+    "optimizer", "schedule", "budget", "axis", "position", "metric", "reported", "rule", "n",
     "seeds_expected", "mean", "std", "ci_low", "ci_high", "final_mean", "final_std", "best_mean", "best_std",
     "best_place", "published_mean", "published_std", "published_source", "published_note",
-    "train_seconds", "eval_seconds", "data_wait_seconds", "compile_seconds", "samples_per_second",
+    "iterations", "train_seconds", "eval_seconds", "data_wait_seconds", "compile_seconds", "samples_per_second",
     "peak_memory_bytes", "device", "world_size", "n_train", "data_missing",
     "running", "partial", "died", "failed", "unreadable", "missing",
 )  # fmt: skip
@@ -343,10 +350,13 @@ def _csv_cost(results: list[dict[str, Any]]) -> dict[str, Any]:
         known = [r[key] for r in results if r[key] is not None]
         return sum(known) / len(known) if known else None
 
+    row: dict[str, Any] = {"iterations": mean("iterations_done")}
+    for name in ("data.root", "data.digest"):
+        row["data" if name == "data.root" else "data_digest"] = "; ".join(sorted({r[name] for r in results if r[name]}))
     times = ("train_seconds", "eval_seconds", "data_wait_seconds", "compile_seconds", "samples_per_second")
     most = {"peak_memory_bytes": "peak_memory_bytes", "data_missing": "data.missing", "n_train": "data.n_train",
             "world_size": "world_size"}  # fmt: skip
-    row: dict[str, Any] = {key: mean(key) for key in times}
+    row |= {key: mean(key) for key in times}
     row |= {name: max((r[key] for r in results if r[key] is not None), default=None) for name, key in most.items()}
     places = [p for r in results if (p := tables.best_place(r)) is not None]
     row["best_place"] = sum(places) / len(places) if places else None
@@ -365,7 +375,9 @@ def render_terminal(out: Path, found: Survey | None = None) -> Group:
 
     found = found or survey(out)
     counts = ", ".join(f"{n:,} {state}" for state, n in found.counts.items() if n)
-    parts: list[Any] = [Text(found.headline, style="bold"), Text(counts, style="dim")]
+    said = [found.headline, *_standfirst(found)]
+    parts: list[Any] = [Text(line, style="bold" if line == found.headline else "") for line in said]
+    parts.append(Text(counts, style="dim"))
     for grid in found.grids:
         title = f"{grid.title}: {grid.metric or 'nothing finished'}, %, {AXIS[grid.family]}"
         table = Table(box=None, header_style="dim", pad_edge=False)
@@ -376,13 +388,19 @@ def render_terminal(out: Path, found: Survey | None = None) -> Group:
         for schedule in grid.schedules:
             cells = [_terminal_cell(grid, schedule, b, schedule in best[b]) for b in grid.budgets]
             table.add_row(Text(schedule), *cells)
+        for verdict in tables.differences(grid):
+            shown = [_terminal_difference(verdict.differences.get(b)) for b in grid.budgets]
+            table.add_row(Text(f"{verdict.first} − {verdict.second}", style="dim"), *shown)
         departs = [Text(clean(", ".join(map(str, grid.departures)), 1000), style="dim")] if grid.departures else []
-        known = [Text(" ".join(lines), style="dim")] if (lines := page.sources(grid)) else []
+        lines = [line for line in (tables.differences_text(grid), *page.sources(grid)) if line]
+        known = [Text(line) for line in tables.answers(grid)]
+        known += [Text(line, style="yellow") for line in tables.remarks(grid)]
+        known += [Text(" ".join(lines), style="dim")] if lines else []
         parts += [Text(""), Text(title, style="italic"), *departs, table, *known]
     if files := found.asking:
         parts += [Text(""), Text(f"{MISSING} Here: {', '.join(files)}.", style="dim")]
     if found.elsewhere:
-        parts += [Text(""), Text(f"{len(found.elsewhere):,} deeper directories count nowhere.", style="dim")]
+        parts += [Text(""), Text(found.apart, style="dim")]
     return Group(*parts)
 
 
@@ -395,3 +413,10 @@ def _terminal_cell(grid: Grid, schedule: str, budget: str, best: bool) -> Any:
         text.append(f" {short}", style="yellow")
     beside = page.published_text(square, grid.task)
     return text.append(f"\n{beside}", style="dim") if beside else text
+
+
+def _terminal_difference(d: tables.Summary | None) -> Any:
+    from rich.text import Text
+
+    mean, span = page.difference_text(d) if d else ("—", "")
+    return Text(mean + (f"\n{span}" if span else ""), style="dim")

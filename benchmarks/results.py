@@ -9,7 +9,8 @@ import math
 import os
 import re
 import socket
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +31,8 @@ FAMILY = {
 }  # every other unit is a fraction of the full run
 SWEEPS = ".sweep"  # tasks/submission.py writes <out>/.sweep/<id>/cells.json; importing it would take hydra along
 MAX_SWEEP_BYTES, MAX_ASKED = 32 << 20, 100_000  # of one cells.json, some 2 KB a cell; cells over all of them
-MOST_NAMED = 5  # sweeps beside a missing cell
+MOST_NAMED = 5  # sweeps beside a missing cell, directories to report apart
+MAX_PARTS = 10_000  # stretches of one run
 DEPTH = 4  # <task>/<schedule>/<budget>/s<seed> below `out`
 SEED = re.compile(r"s(\d{1,9})(?:-([0-9a-f]{6}))?")
 
@@ -61,7 +63,7 @@ class Entry:
     progress: dict[str, Any] = field(default_factory=dict)  # the checked state.json
     note: str = ""
     asked: dict[str, Any] | None = None  # what the sweep that asked for it recorded; unchecked, {} where not needed
-    elsewhere: bool = False  # deeper than a cell of this `out` lies: a copy, or another out's; counts in no table
+    elsewhere: bool = False  # deeper than a cell of this `out` lies: another out's, or a copy; counts in no table
 
 
 def clean(text: object, limit: int = 300) -> str:
@@ -140,6 +142,22 @@ def _text(value: object) -> str:
     return value
 
 
+def _path(value: object) -> str:
+    """A place on disk: shown, never opened, so one that cannot be shown as it is loses what is odd in it."""
+    if not isinstance(value, str):
+        raise BadFile(f"is {type(value).__name__}, not text")
+    return clean(value, 4096)
+
+
+def _parts(value: object) -> list[dict[str, Any]]:
+    """The stretches of a run: {step, code, world_size, device}, None where not said."""
+    if not isinstance(value, list) or not 0 < len(value) <= MAX_PARTS:
+        raise BadFile(f"is not a list of 1 to {MAX_PARTS}")
+    if not all(isinstance(part, dict) for part in value):
+        raise BadFile("holds what is no object")
+    return [_flatten(part, {}, PART) for part in value]
+
+
 def _flag(value: object) -> bool:
     if not isinstance(value, bool):
         raise BadFile(f"is {type(value).__name__}, not true or false")
@@ -158,9 +176,11 @@ OPTIONAL: dict[str, Check] = {
     "data_wait_seconds": _positive, "compile_seconds": _positive, "samples_per_second": _positive,
     "peak_memory_bytes": _count, "device": _text, "precision": _text, "world_size": _count, "resumed": _count,
     "data.name": _text, "data.n_train": _count, "data.n_val": _count, "data.missing": _count,
+    "data.root": _path, "data.digest": _text, "data.classes": _count, "parts": _parts,
     "weights_sha256": _text, "git.commit": _text, "git.dirty": _flag,
     "model": _text, "skipped_updates": _count, "started": _text, "finished": _text,
 }  # fmt: skip
+PART: dict[str, Check] = {"step": _count, "code": _text, "world_size": _count, "device": _text}
 PROGRESS: dict[str, Check] = {
     "step": _count, "total": _count, "host": _text, "pid": _count, "updated": _text,
     "samples_per_second": _positive, "eta_seconds": _positive, "progress": _positive,
@@ -323,23 +343,34 @@ def cell_of(path: Path) -> Cell:
 def scan(out: Path) -> list[Entry]:
     """Every run directory under `out`, in path order.
 
-    A cell lies DEPTH below `out`. What lies deeper is `elsewhere`, and unreadable where it is a copy: where the cell's
-    own directory is there, in whatever state. Of two results at the same depth the second is unreadable.
+    A cell lies DEPTH below `out`. What lies deeper is `elsewhere`, a run of another `out` or a copy, and counts in no
+    table whatever its state. Of two results at the same depth the second is unreadable.
     """
     out = Path(out)
     entries = [read(Path(found), names) for found, names in _walk(str(out), 8, {os.path.realpath(out) + os.sep})]
-    own: dict[Cell, Path] = {}
-    done: dict[Cell, Path] = {}
+    done: dict[Cell, Entry] = {}
     deep = {id(entry): len(entry.path.relative_to(out).parts) for entry in entries}
     for entry in sorted(entries, key=lambda e: deep[id(e)]):
         entry.elsewhere = deep[id(entry)] > DEPTH
-        if entry.elsewhere and entry.cell in own:
-            _discard(entry, f"a copy of the cell in {own[entry.cell]}")
-        elif not entry.elsewhere and entry.cell.seed >= 0:
-            own.setdefault(entry.cell, entry.path)
-            if entry.state == "done" and (first := done.setdefault(entry.cell, entry.path)) != entry.path:
-                _discard(entry, f"a second result of the cell in {first}")
+        if entry.state != "done":
+            continue
+        if entry.elsewhere:
+            if (first := done.get(entry.cell)) and entry.result == first.result:
+                entry.note = f"the same result as in {first.path}"
+        elif (first := done.setdefault(entry.cell, entry)) is not entry:
+            _discard(entry, f"a second result of the cell in {first.path}")
     return entries
+
+
+def elsewhere_text(paths: Sequence[Path]) -> str:
+    """What to do about run directories that lie deeper than cells of `out` do, "" for none."""
+    if not paths:
+        return ""
+    outs = sorted(Counter(path.parents[DEPTH - 1] for path in paths).items())
+    named = "; ".join(f"mode=report out={clean(out)} ({n:,})" for out, n in outs[:MOST_NAMED])
+    more = f"; and {len(outs) - MOST_NAMED} directories more" if len(outs) > MOST_NAMED else ""
+    runs = f"{len(paths):,} run{'s' if len(paths) != 1 else ''}"
+    return f"Not counted here: {runs} of another out= deeper below, which have a report of their own: {named}{more}."
 
 
 def asked(out: Path) -> tuple[dict[Cell, dict[str, Any]], dict[Cell, list[str]]]:

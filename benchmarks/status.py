@@ -11,7 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import queue
-from benchmarks.results import BadFile, Cell, Entry, cell_of, clean, last_step, scan, seconds_text, written
+from benchmarks.results import (
+    BadFile,
+    Cell,
+    Entry,
+    cell_of,
+    clean,
+    elsewhere_text,
+    last_step,
+    scan,
+    seconds_text,
+    written,
+)
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -37,6 +48,7 @@ def rows(out: Path) -> list[Row]:
     """A row per run directory under `out`: task, schedule, budget, seed, suffix, state, step, total, rate, eta, ...
 
     rate: samples per second; eta: seconds; value: the reported metric as a fraction; unknown ones are None.
+    elsewhere: deeper than a cell of `out` lies, a run of another `out`.
     `died` is a run whose state says running though its process on this host, or its job in SLURM, is gone. `queued`
     ones have a job in SLURM that waits or has only begun; there may be nothing of them on disk yet.
     """
@@ -107,6 +119,7 @@ def _row(entry: Entry) -> Row:
     row: Row = {
         "task": cell.task, "schedule": cell.schedule, "budget": cell.budget, "suffix": cell.suffix,
         "seed": cell.seed if cell.seed >= 0 else None, "state": entry.state, "path": entry.path, "note": entry.note,
+        "elsewhere": entry.elsewhere,
         "step": progress.get("step"), "total": progress.get("total"), "progress": progress.get("progress"),
         "rate": progress.get("samples_per_second"), "eta": progress.get("eta_seconds"), "job": progress.get("job"),
         "metric": None, "value": None,
@@ -129,10 +142,14 @@ def _row(entry: Entry) -> Row:
 
 
 def render(found: Sequence[Row]) -> Group:
-    """A summary line, the unfinished cells (worst first), the finished ones (folded where they are many)."""
+    """A summary line, the unfinished cells (worst first), the finished ones (folded where they are many).
+
+    Runs of another `out` are not among them, as in the report: one line says where they are."""
     from rich.console import Group
     from rich.text import Text
 
+    deeper = [row["path"] for row in found if row["elsewhere"]]
+    found = [row for row in found if not row["elsewhere"]]
     counts = Counter(row["state"] for row in found)
     head = Text()
     for state in reversed(STATES):
@@ -149,6 +166,8 @@ def render(found: Sequence[Row]) -> Group:
         parts.append(Text(f"and {len(unfinished) - SHOWN:,} more unfinished", style="dim"))
     if finished:
         parts.append(_cells(finished) if len(finished) <= FOLD else _folded(finished))
+    if deeper:
+        parts.append(Text(elsewhere_text(deeper), style="dim"))
     return Group(*parts)
 
 

@@ -25,6 +25,9 @@ ORDER = (
     "knee", "wsd", "sgdr", "uba", "refined",
 )  # fmt: skip
 CONF = Path(__file__).parent.parent / "conf"
+MOST_COMPARED = 6  # rows of differences below a table
+MOST_LISTED = 6  # schedules, runs or places in a remark
+ALIKE = 0.05  # iterations that differ by less are called the same
 LEAF = 400  # characters of a value that are kept: a path's end tells it from others
 CONFIGS = 2000  # different configurations that are read at most
 AXES = {
@@ -85,12 +88,18 @@ class Grid:
     seeds: list[int]  # the union over all squares
     squares: dict[tuple[str, str], Square]
     departures: tuple[Departure, ...] = ()  # from the named recipe, the same for all runs
+    data: str = ""  # the data set in words, where the task has runs on several
 
     @property
     def title(self) -> str:
         """Name for a heading."""
         altered = ", altered" if self.departures else ""
-        return self.task + altered
+        return self.task + altered + (f", {self.data}" if self.data else "")
+
+    @property
+    def runs(self) -> list[dict[str, Any]]:
+        """The results of all its finished runs."""
+        return [run.result for square in self.squares.values() for run in square.runs if run.result]
 
     @property
     def full_title(self) -> str:
@@ -145,19 +154,25 @@ class Grid:
 def grids(entries: Iterable[Entry]) -> tuple[list[Grid], list[Entry]]:
     """The grids of the reported metrics, and the finished runs that no grid can hold, with the reason in `note`.
 
-    Runs are pooled by what departs from the named recipe, apart from schedule, budget and seed. Named recipes come
-    first; among them and among the altered ones tasks with real data, then by name. Where sweeps say what was asked
-    for, each square expects that and what is there; else every seed that
-    finished in its grid. A schedule that was only tried, and failed, has no row.
+    Runs are pooled by what departs from the named recipe, apart from schedule, budget and seed, and by their data set.
+    Real data come before embedded; among each, named recipes before altered ones, then by name. Where sweeps say what
+    was asked for, each square expects that and what is there; else every seed that finished in its grid. A schedule
+    that was only tried, and failed, has no row.
     """
     entries = list(entries)
     recorded = any(e.asked is not None for e in entries)
     groups, left = by_recipe(entries)
     made = []
-    for task, departures in sorted(groups, key=lambda key: (bool(key[1]), _place(key[0]), key[1])):
-        if rows := _without_tries(groups[task, departures]):
-            made += _recipe_grids(task, departures, rows, recorded)
+    for key in sorted(groups, key=lambda key: (is_tiny(key[0]), bool(key[1]), _place(key[0]), key)):
+        if rows := _without_tries(groups[key]):
+            task, departures, data = key
+            made += [replace(grid, data=data) for grid in _recipe_grids(task, departures, rows, recorded)]
     return made, left
+
+
+def is_tiny(task: str) -> bool:
+    """Whether a task is one of the generated, embedded ones."""
+    return task.endswith("_tiny")
 
 
 def _without_tries(entries: list[Entry]) -> list[Entry]:
@@ -167,10 +182,10 @@ def _without_tries(entries: list[Entry]) -> list[Entry]:
     return [e for e in entries if e.cell.schedule not in tried]
 
 
-def _place(task: str) -> tuple[bool, int, str]:
-    """Sorting key: real data before tiny, the paper's tasks in its order, then by name."""
+def _place(task: str) -> tuple[int, str]:
+    """Sorting key: the paper's tasks in its order, then by name."""
     known = list(RECIPES)
-    return (task.endswith("_tiny"), known.index(task) if task in known else len(known), task)
+    return (known.index(task) if task in known else len(known), task)
 
 
 def _recipe(entry: Entry) -> tuple[str, str, str]:
@@ -278,7 +293,7 @@ def secondary(grid: Grid) -> list[Grid]:
     names = sorted({name for run in runs if run.result for name in run.result["metrics"]} - {grid.metric})
     made = [_grid(grid.task, (grid.optimizer, name, grid.rule), grid.family, runs, grid.departures) for name in names]
     for other in made:
-        other.seeds = grid.seeds
+        other.seeds, other.data = grid.seeds, grid.data
         for key, square in other.squares.items():
             first = grid.squares[key]
             square.seeds, square.states, square.begun = first.seeds, first.states, first.begun
@@ -322,9 +337,138 @@ def compare(grid: Grid, first: str = PAIR[0], second: str = PAIR[1]) -> Verdict 
     return Verdict(grid, first, second, found) if found else None
 
 
-def points(value: float) -> str:
+def baseline(grid: Grid) -> str:
+    """The schedule that others are compared with: linear, the paper's proposal, or else the best by mean rank."""
+    return PAIR[0] if PAIR[0] in grid.schedules else grid.schedules[0]
+
+
+def differences(grid: Grid) -> list[Verdict]:
+    """What stands below a table: linear - step as in the paper, and each other schedule minus the baseline.
+
+    The first MOST_COMPARED, best first: where each is compared with one, the more there are, the more differ by chance.
+    """
+    base = baseline(grid)
+    paper = [v for v in [compare(grid)] if v]
+    rivals = [s for s in grid.schedules if s != base and not (paper and s == PAIR[1])]
+    return (paper + [v for s in rivals if (v := compare(grid, s, base))])[:MOST_COMPARED]
+
+
+def differences_text(grid: Grid) -> str:
+    """What the differences below a table are, "" for none."""
+    shown = differences(grid)
+    if not shown:
+        return ""
+    base = baseline(grid)
+    why = "the paper's proposal" if base == PAIR[0] else "the best by mean rank"
+    interval = ", with their 95% interval" if any(d.n > 1 for v in shown for d in v.differences.values()) else ""
+    cut = f" The first {MOST_COMPARED} are shown." if len(grid.schedules) > MOST_COMPARED + 1 else ""
+    return f"Differences: points, paired over equal seeds{interval}; the baseline is {base}, {why}.{cut}"
+
+
+def apart(difference: Summary) -> bool:
+    """Whether a paired difference is larger than chance: its 95% interval leaves zero. Of one seed there is none."""
+    return difference.low > 0 or difference.high < 0
+
+
+def answers(grid: Grid) -> list[str]:
+    """A line per budget: the best schedule, the runner-up, and whether their difference is larger than chance."""
+    return [_answer(grid, b, *order) for b in grid.budgets if (order := _first_two(grid, b))]
+
+
+def _first_two(grid: Grid, budget: str) -> tuple[str, str] | None:
+    means = grid.comparable(budget)
+    order = sorted(means, key=lambda s: -means[s])  # stable: of equals the better by mean rank
+    return (order[0], order[1]) if len(order) > 1 else None
+
+
+def _answer(grid: Grid, budget: str, first: str, second: str) -> str:
+    one, two = grid.squares[first, budget], grid.squares[second, budget]
+    d = paired(one.values, two.values)
+    seeds = f"{d.n} seed{'s' if d.n != 1 else ''}"
+    if d.n == 1:
+        judged = "not told apart, one seed has no interval"
+    else:
+        judged = f"95% interval {points(d.low, 2)} to {points(d.high, 2)}, {'' if apart(d) else 'not '}told apart"
+    return (
+        f"{budget}: {first} {percent(one.summary)} ({seeds}), runner-up {second} {percent(two.summary)}, "
+        f"difference {points(d.mean, 2)}: {judged}."
+    )
+
+
+def percent(s: Summary) -> str:
+    """'30.63 ± 0.36' in percent, '30.63' for one run."""
+    return f"{100 * s.mean:.2f}" + ("" if math.isnan(s.std) else f" ± {100 * s.std:.2f}")
+
+
+def caveat(grid: Grid) -> str:
+    """What a table of generated data is good for, "" for others."""
+    return "Embedded data: this shows that the code path works, not how a schedule fares." if is_tiny(grid.task) else ""
+
+
+def remarks(grid: Grid) -> list[str]:
+    """What to know before schedules of a table are compared: embedded data, unlike work, data, code or machines."""
+    return [line for line in (caveat(grid), *_work(grid), _places(grid), *_made_by(grid)) if line]
+
+
+def _work(grid: Grid) -> list[str]:
+    """The iterations of each schedule where a budget did not give all of them the same."""
+    lines = []
+    for budget in grid.budgets:
+        made = {s: n for s in grid.schedules if (n := iterations(grid.squares[s, budget])) is not None}
+        if len(made) < 2 or max(made.values()) <= (1 + ALIKE) * min(made.values()):
+            continue
+        listed = ", ".join(f"{s} {n:,.0f}" for s, n in sorted(made.items(), key=lambda item: -item[1])[:MOST_LISTED])
+        more = f" and {len(made) - MOST_LISTED} more" if len(made) > MOST_LISTED else ""
+        lines.append(
+            f"{budget} gave the schedules unequal iterations ({listed}{more}): "
+            "the machine and its load are ranked, too."
+        )
+    return lines
+
+
+def iterations(square: Square) -> float | None:
+    """Mean iterations of the finished runs, None without any."""
+    made = [run.result["iterations_done"] for run in square.runs if run.result]
+    return float(np.mean(made)) if made else None
+
+
+def _places(grid: Grid) -> str:
+    """Says where runs without a digest of their data lie in several places."""
+    roots = sorted({r["data.root"] or "an unknown place" for r in grid.runs})
+    if len(roots) < 2 or all(r["data.digest"] for r in grid.runs):
+        return ""
+    return f"Data in {', '.join(roots[:MOST_LISTED])}: older results have no digest to tell whether they are the same."
+
+
+def _made_by(grid: Grid) -> list[str]:
+    """Says which runs were made in parts by other code, device or processes, and whether the table mixes code."""
+    runs = [e for s in grid.schedules for b in grid.budgets for e in grid.squares[s, b].runs]
+    known = [(e, e.result["parts"]) for e in runs if e.result and e.result["parts"]]
+    lines = []
+    if split := [e for e, parts in known if len(parts) > 1]:
+        runs_text = "1 run was" if len(split) == 1 else f"{len(split):,} runs were"
+        lines.append(f"{runs_text} continued by other code, device or number of processes: {_names(split)}.")
+    by_code: dict[str, list[Entry]] = defaultdict(list)
+    for entry, parts in known:
+        by_code[parts[-1]["code"] or "unknown"].append(entry)
+    if len(by_code) > 1:
+        versions = sorted(by_code.items(), key=lambda item: (-len(item[1]), item[0]))
+        others = [e for _, several in versions[1:] for e in several]
+        lines.append(
+            f"The runs were finished by {len(by_code)} versions of the code; "
+            f"{len(others):,} not by the commonest, {versions[0][0][:12]}: {_names(others)}."
+        )
+    return lines
+
+
+def _names(entries: Sequence[Entry]) -> str:
+    names = ["/".join(entry.path.parts[-3:]) for entry in entries[:MOST_LISTED]]
+    return clean(", ".join(names), 1000) + (f" and {n} more" if (n := len(entries) - MOST_LISTED) > 0 else "")
+
+
+def points(value: float, digits: int = 1) -> str:
     """A difference of fractions as text, in percentage points."""
-    return f"{100 * value:+.1f} pp".replace("-", "\u2212")
+    return f"{100 * value:+.{digits}f} pp".replace("-", "\u2212")
 
 
 def _span(numbers: Sequence[int]) -> str:
@@ -344,7 +488,7 @@ def sentence(verdicts: Sequence[Verdict], full: bool = False) -> str:
     n = _span([d.n for v in verdicts for d in v.differences.values()])
     if losses > wins:
         first, second, wins, losses, mean = second, first, losses, wins, -mean
-    recipes = len({(v.grid.task, v.grid.departures) for v in verdicts})
+    recipes = len({(v.grid.task, v.grid.departures, v.grid.data) for v in verdicts})
     one = "altered recipe" if verdicts[0].grid.departures else "task"
     title = verdicts[0].grid.full_title if full else verdicts[0].grid.title
     where = f"on {title}" if recipes == 1 else f"over {recipes} {one}s"
@@ -358,27 +502,27 @@ def sentence(verdicts: Sequence[Verdict], full: bool = False) -> str:
     return f"{first} beats {second} at {counted} {where} {detail}"
 
 
+def speaking(all_grids: Sequence[Grid]) -> list[Grid]:
+    """The grids that a first screen speaks of: embedded data only where there are no others."""
+    real = [g for g in all_grids if not is_tiny(g.task)]
+    return real if any(g.runs for g in real) else list(all_grids)
+
+
 def headline(all_grids: Sequence[Grid], finished: int) -> str:
     """One sentence from the data: linear against step where both ran, else the best schedule.
 
-    Named recipes speak before altered ones, real data before tiny, fractions before other axes.
+    Real data alone speak where there are any; fractions before other axes, named recipes before altered ones.
     """
-    for altered in (False, True):
-        groups = _preferred([g for g in all_grids if bool(g.departures) == altered])
-        for chosen in groups:
+    for other_axis in (False, True):
+        for altered in (False, True):
+            chosen = [
+                g for g in speaking(all_grids) if (g.family != "fraction", bool(g.departures)) == (other_axis, altered)
+            ]
             if verdicts := [v for g in chosen if (v := compare(g))]:
                 return sentence(verdicts, full=True)
-        for grid in (g for chosen in groups for g in chosen):
-            if text := leader(grid, full=True):
+            if text := next((text for g in chosen if (text := leader(g, full=True))), ""):
                 return text
     return f"{finished:,} finished run{'s' if finished != 1 else ''}: not enough to compare schedules yet"
-
-
-def _preferred(some: Sequence[Grid]) -> list[list[Grid]]:
-    """Groups of grids in the order in which they may speak: real tasks by fraction, tiny ones, other axes."""
-    real = [g for g in some if g.family == "fraction" and not g.task.endswith("_tiny")]
-    tiny = [g for g in some if g.family == "fraction" and g.task.endswith("_tiny")]
-    return [real, tiny, [g for g in some if g.family != "fraction"]]
 
 
 def leader(grid: Grid, full: bool = False) -> str:
@@ -390,16 +534,10 @@ def leader(grid: Grid, full: bool = False) -> str:
     name, count = min(wins.items(), key=lambda item: (-item[1], _known(item[0])))
     n = _span([q.summary.n for q in grid.squares.values() if q.summary.n])
     title = grid.full_title if full else grid.title
-    return f"{name} is best at {count} of {contested} budget{'s' if contested != 1 else ''} on {title} (n={n})"
-
-
-def ranking(grid: Grid) -> str:
-    """The three schedules with the best mean rank, "" with fewer than three that can be compared at every budget."""
-    complete = [(r, s) for s, r in grid.ranks().items() if not math.isnan(r)]
-    if len(complete) < 3:
-        return ""
-    names = ", ".join(f"{s} {r:.1f}" for r, s in complete[:3])
-    return f"Best mean rank of {len(complete)} schedules: {names}."
+    firsts = [(b, order) for b in grid.budgets if (order := _first_two(grid, b)) and order[0] == name]
+    sure = sum(apart(paired(grid.squares[a, b].values, grid.squares[c, b].values)) for b, (a, c) in firsts)
+    told = f"told apart from the runner-up at {sure}" if sure else "nowhere told apart from the runner-up"
+    return f"{name} is best at {count} of {contested} budget{'s' if contested != 1 else ''} on {title} (n={n}), {told}"
 
 
 def reach(grid: Grid, schedule: str = PAIR[0], share: float = 0.9) -> str:
@@ -499,18 +637,21 @@ def provenance(entries: Iterable[Entry]) -> list[str]:
 
 # ---- what departs from the named recipe
 
+Key = tuple[str, tuple[Departure, ...], str]  # task, departures, data set in words
 DATA = "training samples"
 UNKNOWN = Departure("other data", "", "")  # the directory says altered, and neither values nor sample counts do
 
 
 def by_recipe(
-    entries: Iterable[Entry],
-) -> tuple[dict[tuple[str, tuple[Departure, ...]], list[Entry]], list[Entry]]:
-    """Runs by (task, departures), () for the named recipe, and the finished runs whose recipe cannot be told.
+    entries: Sequence[Entry],
+) -> tuple[dict[Key, list[Entry]], list[Entry]]:
+    """Runs by (task, departures, data), () for the named recipe, and the finished runs whose recipe cannot be told.
 
     What departs in a schedule's own constants becomes part of the schedule's name in `cell`.
     """
-    groups: dict[tuple[str, tuple[Departure, ...]], list[Entry]] = defaultdict(list)
+    groups: dict[Key, list[Entry]] = defaultdict(list)
+    sets = _data_sets(entries)
+    named: dict[str, list[Entry]] = defaultdict(list)
     suffixed: dict[tuple[str, tuple[Departure, ...]], list[Entry]] = defaultdict(list)
     left: list[Entry] = []
     configs: dict[str, dict[str, str]] = {}
@@ -519,7 +660,7 @@ def by_recipe(
         if entry.cell.seed < 0 or entry.elsewhere:
             continue
         if not entry.cell.suffix:
-            groups[entry.cell.task, ()].append(entry)
+            named[entry.cell.task].append(entry)
             continue
         missing = entry.state == "missing"
         leaves = _recorded(entry.asked or {}) if missing else _config(entry.path / "config.yaml", configs)
@@ -530,15 +671,90 @@ def by_recipe(
             suffixed[entry.cell.task, others].append(replace(entry, cell=cell))
         elif entry.result:
             left.append(replace(entry, note="config.yaml cannot be read, or too many differ"))
-    for (task, others), runs in suffixed.items():
-        for departures, own_runs in _by_data(task, others, runs).items():
+    pooled = [(task, (), runs) for task, runs in named.items()] + [
+        (task, departures, own_runs)
+        for (task, others), runs in suffixed.items()
+        for departures, own_runs in _by_data(task, others, runs).items()
+    ]
+    for task, departures, runs in pooled:
+        for data, own_runs in _by_set(runs, sets).items():
             firsts: dict[tuple[object, ...], Path] = {}
             for run in own_runs:
                 if run.result and (first := firsts.setdefault(run.cell[:4], run.path)) != run.path:
                     left.append(replace(run, note=f"the same values and seed as {first.name}"))
                 else:
-                    groups[task, departures].append(run)
+                    groups[task, departures, data].append(run)
     return groups, left
+
+
+class DataSet(NamedTuple):
+    """What a run was made on: the digest of its data, "" in older results, which have counts alone."""
+
+    digest: str
+    n_val: int | None
+    classes: int | None
+
+    def __str__(self) -> str:
+        if self.digest:
+            return f"digest {self.digest}"
+        counts = f"{'unknown' if self.n_val is None else f'{self.n_val:,}'} validation samples"
+        return counts + (f", {self.classes:,} classes" if self.classes is not None else "") + ", no digest"
+
+    def may_be(self, other: DataSet) -> bool:
+        """Whether the counts allow one without a digest to be the other; what is unknown allows no n_val."""
+        return self.n_val == other.n_val is not None and (
+            self.classes == other.classes or None in (self.classes, other.classes)
+        )
+
+
+def _data_set(result: dict[str, Any]) -> DataSet:
+    return DataSet(result["data.digest"] or "", result["data.n_val"], result["data.classes"])
+
+
+def _data_sets(entries: Sequence[Entry]) -> dict[tuple[str, DataSet], str]:
+    """(task, data set) -> its words, "" where the task has one data set only. Two never have the same words."""
+    found: dict[str, dict[DataSet, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
+    for entry in entries:
+        if entry.result and not entry.elsewhere:
+            found[entry.cell.task][_data_set(entry.result)][entry.result["data.root"] or ""] += 1
+    words: dict[tuple[str, DataSet], str] = {}
+    for task, sets in found.items():
+        same = {one: _pooled(one, list(sets)) for one in sets}
+        roots: dict[DataSet, Counter[str]] = defaultdict(Counter)
+        for one, several in sets.items():
+            roots[same[one]] += several
+        names = _told_apart(roots) if len(roots) > 1 else dict.fromkeys(roots, "")
+        words |= {(task, one): names[same[one]] for one in sets}
+    return words
+
+
+def _pooled(one: DataSet, others: Sequence[DataSet]) -> DataSet:
+    """The first data set with the same digest; for one without, the only one that it may be, else itself."""
+    if one.digest:
+        return next(other for other in others if other.digest == one.digest)
+    named = {other.digest: other for other in reversed(others) if other.digest and one.may_be(other)}
+    return next(iter(named.values())) if len(named) == 1 else one
+
+
+def _told_apart(sets: dict[DataSet, Counter[str]]) -> dict[DataSet, str]:
+    """Words for each data set: the ends of where it lies, and as much more as tells it from the others."""
+    roots = {one: [root for root, _ in several.most_common(2) if root] for one, several in sets.items()}
+    short = {one: " and ".join(f"\u2026/{Path(root).name}" for root in places) for one, places in roots.items()}
+    whole = {one: " and ".join(places) for one, places in roots.items()}
+    for names in (short, whole):
+        if all(names.values()) and len(set(names.values())) == len(names):
+            return {one: f"data in {name}" for one, name in names.items()}
+    return {one: f"data in {name or 'an unknown place'} ({one})" for one, name in short.items()}
+
+
+def _by_set(runs: Sequence[Entry], sets: dict[tuple[str, DataSet], str]) -> dict[str, list[Entry]]:
+    """Runs by the words of their data set; unfinished ones, whose data set nothing says, with the commonest."""
+    named = [sets[run.cell.task, _data_set(run.result)] if run.result else None for run in runs]
+    common = Counter(name for name in named if name is not None).most_common(1)
+    parts: dict[str, list[Entry]] = defaultdict(list)
+    for run, name in zip(runs, named, strict=True):
+        parts[name if name is not None else common[0][0] if common else ""].append(run)
+    return parts
 
 
 def _by_data(task: str, others: tuple[Departure, ...], runs: list[Entry]) -> dict[tuple[Departure, ...], list[Entry]]:
@@ -576,6 +792,8 @@ def _departures(leaves: dict[str, str], task: str, schedule: str) -> tuple[list[
             continue
         if key == "task.weights" and "://" not in value:
             value = value.rsplit("/", 1)[-1]  # where they lie does not matter
+        if key == "schedule.name":  # the cell says it
+            continue
         if key == "schedule.run":
             own.append(f"run={_source(value, task)}")
         elif was == "???":

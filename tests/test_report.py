@@ -83,7 +83,7 @@ def test_ranks_colours_and_the_full_value_are_of_the_same_seeds(pair, monkeypatc
             put(pair, "imagenet", "cosine", budget, seed, 0.1)
     (grid,), _ = tables.grids(scan(pair))
     assert grid.schedules == ["linear", "step", "cosine", "rex"] and math.isnan(grid.ranks()["rex"])
-    assert tables.ranking(grid) == "Best mean rank of 3 schedules: linear 1.5, step 1.5, cosine 3.0."
+    assert [grid.ranks()[s] for s in grid.schedules[:3]] == [1.5, 1.5, 3.0]
     assert tables.full_value(grid) == pytest.approx(0.70)
     gaps = dict(zip(grid.schedules, grid.gaps().tolist(), strict=True))
     assert gaps["linear"] == pytest.approx([0, 0.01]) and all(map(math.isnan, gaps["rex"]))
@@ -151,7 +151,9 @@ def test_headline_when_step_is_ahead_or_absent(tmp_path):
     assert report.survey(tmp_path).headline == "step beats linear at 1 of 1 budget on coco (mean +30.0 pp, n=1)"
     shutil.rmtree(tmp_path / "coco" / "step")
     put(tmp_path, "coco", "rex", "10%", 0, 0.2)
-    assert report.survey(tmp_path).headline == "rex is best at 1 of 1 budget on coco (n=1)"
+    assert report.survey(tmp_path).headline == (
+        "rex is best at 1 of 1 budget on coco (n=1), nowhere told apart from the runner-up"
+    )
 
 
 def test_real_tasks_speak_before_tiny_ones(pair):
@@ -302,7 +304,7 @@ def test_named_recipes_come_first_and_published_numbers_only_beside_them(pair):
     found = report.survey(pair)
     assert found.headline.startswith("linear and step are level on imagenet: each ahead at 1 of 2 budgets")
     markdown = report.markdown(found)
-    assert "paper" in markdown.split("altered")[0] and "paper" not in markdown.split("altered", 1)[1]
+    assert "paper 5" in markdown.split("altered")[0] and "paper 5" not in markdown.split("altered", 1)[1]
 
 
 def test_constants_name_the_schedule_and_anything_else_splits(tmp_path):
@@ -421,6 +423,186 @@ def test_best_place_is_the_share_of_the_run(tmp_path):
     assert tables.costs(grid)[0]["best_place"] == 0.5
 
 
+# ---- what may be compared
+
+
+def on(out, schedule, seed, value, suffix, task="imagenet", parts=None, iterations=None, budget="5%", **data):
+    """A finished run on this data; a key given as None is absent, as in older results."""
+    made = run(task, schedule, budget, seed, value)
+    made["data"] = {key: v for key, v in (made["data"] | data).items() if v is not None}
+    made |= {"parts": parts} if parts else {}
+    made |= {"iterations_done": iterations} if iterations else {}
+    path = write_run(out, made | {"signature": suffix or "abc123"}, suffix)
+    if suffix:
+        fields = {"task": task, "schedule": schedule, "seed": seed, "subset": "null", "model": "mine"}
+        (path / "config.yaml").write_text(CONFIG.format(**fields, constants=""))
+
+
+OLD = {"digest": None, "classes": None}
+
+
+@pytest.mark.parametrize(
+    "one, two, apart",
+    [
+        ({"digest": "a" * 12}, {"digest": "b" * 12}, True),
+        ({"digest": "a" * 12}, {"digest": "a" * 12}, False),
+        ({**OLD, "n_val": 250}, {**OLD, "n_val": 500}, True),
+        ({**OLD, "n_val": 250}, {**OLD, "n_val": 250}, False),
+        ({"digest": None, "classes": 3}, {"digest": None, "classes": 4}, True),
+        ({"digest": None}, {"digest": "a" * 12}, False),
+        ({"digest": None, "n_val": 7}, {"digest": "a" * 12, "n_val": 8}, True),
+        ({**OLD, "n_val": None}, {"digest": "a" * 12, "n_val": None}, True),
+    ],
+)
+@pytest.mark.parametrize("suffixes", [("", ""), ("0a1b2c", "0a1b2d")])
+def test_runs_on_different_data_never_share_a_table(tmp_path, one, two, apart, suffixes):
+    on(tmp_path, "linear", 0, 0.3, suffixes[0], root="/own/pB", **one)
+    on(tmp_path, "cosine", 0, 0.2, suffixes[1], root="/own/pC", **two)
+    found = report.survey(tmp_path)
+    assert [g.schedules for g in found.grids] == ([["linear"], ["cosine"]] if apart else [["linear", "cosine"]])
+    titles = [g.title for g in found.grids]
+    assert [t.rpartition(", ")[2] for t in titles if apart] == ["data in …/pB", "data in …/pC"][: 2 * apart]
+    assert found.headline.startswith("2 finished runs: not enough" if apart else "linear is best")
+    remark = "Data in /own/pB, /own/pC: older results have no digest to tell whether they are the same."
+    known = one["digest"] and two["digest"]
+    for shown in (text(report.render_terminal(tmp_path), 1000), report.markdown(found)):
+        assert (remark in shown) == (not apart and not known)
+        assert all(title in shown for title in titles)
+    assert len({report.page.anchor(g) for g in found.grids}) == len(titles)
+
+
+def test_a_digest_that_two_could_have_is_guessed_for_none(tmp_path):
+    for schedule, name in (("linear", "a" * 12), ("step", "b" * 12), ("cosine", None)):
+        on(tmp_path, schedule, 0, 0.3, "", digest=name, root="/same")
+    titles = [g.title for g in report.survey(tmp_path).grids]
+    assert titles == [
+        "imagenet, data in …/same (50,000 validation samples, 10 classes, no digest)",
+        "imagenet, data in …/same (digest aaaaaaaaaaaa)",
+        "imagenet, data in …/same (digest bbbbbbbbbbbb)",
+    ]
+
+
+def test_equal_values_and_seeds_on_two_data_sets_are_no_duplicates(tmp_path):
+    on(tmp_path, "linear", 0, 0.3, "0a1b2c", digest="a" * 12, root="/pB")
+    on(tmp_path, "linear", 0, 0.2, "0a1b2d", digest="b" * 12, root="/pC")
+    found = report.survey(tmp_path)
+    assert not found.left and [float(g.means()[0, 0]) for g in found.grids] == [0.3, 0.2]
+
+
+def test_own_data_speak_first_and_embedded_ones_only_alone(tmp_path):
+    for schedule, value in (("linear", 0.9), ("step", 0.1)):
+        put(tmp_path, "imagenet_tiny", schedule, "5%", 0, value)
+    caveat = "Embedded data: this shows that the code path works, not how a schedule fares."
+    shapes = (text(report.render_terminal(tmp_path), 1000), report.markdown(report.survey(tmp_path)))
+    assert all(caveat in shape for shape in (*shapes, report.build(tmp_path).read_text()))
+    assert report.survey(tmp_path).headline.startswith("linear beats step at 1 of 1 budget on imagenet_tiny")
+    for schedule, value in (("mine", 0.5), ("cosine", 0.4)):
+        put_altered(tmp_path, schedule, "5%", 0, value)
+    found = report.survey(tmp_path)
+    assert found.headline.startswith("mine is best at 1 of 1 budget on cifar10 (altered")
+    assert [g.task for g in found.grids] == ["cifar10", "imagenet_tiny"]
+    page = report.build(tmp_path).read_text()
+    assert "linear minus step" not in page and page.index("cifar10, altered</h2>") < page.index("imagenet_tiny</h2>")
+    shutil.rmtree(tmp_path / "cifar10/cosine")
+    assert report.survey(tmp_path).headline == "3 finished runs: not enough to compare schedules yet"
+
+
+def put_values(out, **values):
+    """Runs at 5%: schedule -> the value of each seed."""
+    for schedule, several in values.items():
+        for seed, value in enumerate(several):
+            put(out, "imagenet", schedule, "5%", seed, value)
+
+
+@pytest.mark.parametrize(
+    "mine, told",
+    [
+        ((0.450, 0.452, 0.472), "not told apart"),  # -0.3, +0.1, +1.2 points
+        ((0.463, 0.462, 0.470), "told apart"),  # +1.0, +1.1, +1.0 points
+        ((0.463,), "not told apart, one seed has no interval"),
+    ],
+)
+def test_a_budget_s_best_is_told_from_the_runner_up_only_beyond_chance(tmp_path, mine, told):
+    linear = (0.453, 0.451, 0.460)[: len(mine)]
+    put_values(tmp_path, linear=linear, mine=mine, cosine=[v - 0.1 for v in linear])
+    (grid,), _ = tables.grids(scan(tmp_path))
+    (line,) = tables.answers(grid)
+    assert line.startswith("5%: mine ") and "runner-up linear" in line
+    assert line.endswith((f", {told}.", f": {told}."))
+    where = "told apart from the runner-up at 1" if told == "told apart" else "nowhere told apart from the runner-up"
+    assert tables.leader(grid).endswith(where)
+
+
+def test_without_step_others_are_compared_with_linear_or_the_best(tmp_path):
+    put_values(tmp_path, mine=(0.50, 0.52), cosine=(0.45, 0.46), rex=(0.47, 0.48))
+    (grid,), _ = tables.grids(scan(tmp_path))
+    assert [v[1:3] for v in tables.differences(grid)] == [("rex", "mine"), ("cosine", "mine")]
+    assert "the baseline is mine, the best by mean rank." in tables.differences_text(grid)
+    put_values(tmp_path, linear=(0.40, 0.44))
+    found = report.survey(tmp_path)
+    (grid,) = found.grids
+    assert [v[1:3] for v in tables.differences(grid)] == [("mine", "linear"), ("rex", "linear"), ("cosine", "linear")]
+    assert "| *mine − linear* | +9.00<br>−3.71 to +21.71 |" in report.markdown(found)
+    for shape in (
+        report.markdown(found),
+        text(report.render_terminal(tmp_path), 1000),
+        report.build(tmp_path).read_text(),
+    ):
+        assert "the baseline is linear, the paper&#x27;s proposal" in shape.replace("'", "&#x27;")
+        assert "−3.71 to +21.71" in shape
+
+
+def test_gains_are_drawn_above_the_baseline_where_there_is_no_step(tmp_path, monkeypatch):
+    for schedule, value in (("linear", 0.4), ("mine", 0.5), ("cosine", 0.3)):
+        for seed in range(3):
+            for budget in ("5%", "100%"):
+                put(tmp_path, "imagenet", schedule, budget, seed, value + seed * value / 10)
+    titles = []
+    monkeypatch.setattr("matplotlib.axes.Axes.set_title", lambda self, title, **k: titles.append(title))
+    plots.gain_curve(tables.grids(scan(tmp_path))[0][0])
+    assert titles == ["top1, points above linear (band: 95% interval of mine)"]
+
+
+@pytest.mark.parametrize("slowest, said", [(520, False), (453, True)])
+def test_unequal_work_is_said(tmp_path, slowest, said):
+    for schedule, made in (("linear", 525), ("cosine", 545), ("mine", slowest)):
+        on(tmp_path, schedule, 0, 0.4, "", budget="1%", iterations=made)
+    found = report.survey(tmp_path)
+    line = f"1% gave the schedules unequal iterations (cosine 545, linear 525, mine {slowest})"
+    for shape in (text(report.render_terminal(tmp_path), 1000), report.build(tmp_path).read_text()):
+        assert (line in shape) == said
+    rows = csv.DictReader(io.StringIO(report.to_csv(found)))
+    assert {r["schedule"]: float(r["iterations"]) for r in rows} == {"linear": 525, "cosine": 545, "mine": slowest}
+
+
+def part(step, code="c" * 12, world_size=1, device="cpu"):
+    return {"step": step, "code": code, "world_size": world_size, "device": device}
+
+
+def test_runs_made_in_parts_or_by_other_code_are_counted_and_named(tmp_path):
+    on(tmp_path, "linear", 0, 0.4, "", parts=[part(0)])
+    on(tmp_path, "linear", 1, 0.4, "", parts=[part(0)])
+    on(tmp_path, "step", 0, 0.3, "", parts=[part(0), part(9, world_size=2)])
+    (grid,), _ = tables.grids(scan(tmp_path))
+    lines = ["1 run was continued by other code, device or number of processes: step/5%/s0."]
+    assert tables.remarks(grid) == lines
+    on(tmp_path, "step", 1, 0.3, "", parts=[part(0, code="d" * 12)])
+    found = report.survey(tmp_path)
+    lines.append("The runs were finished by 2 versions of the code; 1 not by the commonest, cccccccccccc: step/5%/s1.")
+    assert tables.remarks(found.grids[0]) == lines
+    shapes = text(report.render_terminal(tmp_path), 1000), report.markdown(found), report.build(tmp_path).read_text()
+    assert all(line in shape for line in lines for shape in shapes)
+
+
+def test_a_long_headline_is_whole_in_every_shape(tmp_path):
+    model = "m" * 75
+    for schedule, value in (("mine", 0.5), ("cosine", 0.4)):
+        put_altered(tmp_path, schedule, "5%", 0, value, model=model)
+    found = report.survey(tmp_path)
+    assert len(found.headline) > 120
+    assert f"**{found.headline}**" in report.markdown(found).splitlines()[0]
+
+
 # ---- what counts
 
 
@@ -454,6 +636,10 @@ HOSTILE = {
     "negative time": lambda d: d.update(train_seconds=-1.0),
     "a number for a device": lambda d: d.update(device=3),
     "control characters": lambda d: d.update(device="\x1b[2Jgone"),
+    "parts that are no list": lambda d: d.update(parts={"step": 0}),
+    "a part that is no object": lambda d: d.update(parts=[3]),
+    "a number for the code": lambda d: d.update(parts=[{"step": 0, "code": 3}]),
+    "a number for the digest of data": lambda d: d["data"].update(digest=3),
     "a lone surrogate": lambda d: d.update(device="\ud800"),
 }
 
@@ -511,8 +697,8 @@ def test_a_copied_directory_counts_once(pair):
     (pair / "again").symlink_to(pair)
     (pair / "also").symlink_to(pair / "imagenet")
     states = [e.state for e in scan(pair)]
-    assert states.count("done") == 12
-    assert states.count("unreadable") == 2 + 14
+    assert states.count("unreadable") == 2 + 2
+    assert report.survey(pair).counts["done"] == 12
 
 
 def test_the_live_cell_wins_and_no_copy_hides_a_missing_one(pair):
@@ -528,13 +714,28 @@ def test_the_live_cell_wins_and_no_copy_hides_a_missing_one(pair):
     assert grid.squares["step", "5%"].values.keys() == {0, 1} and not grid.squares["step", "5%"].states
     assert (found.counts["done"], found.counts["unreadable"], found.counts["missing"]) == (11, 0, 1)
     notes = {str(e.path.relative_to(pair)): (e.state, e.note) for e in found.elsewhere}
-    assert notes["backup/imagenet/linear/5%/s0"][1] == f"a copy of the cell in {pair / 'imagenet/linear/5%/s0'}"
-    assert {name: state for name, (state, _) in notes.items()} == {
-        "backup/imagenet/linear/5%/s0": "unreadable", "old/imagenet/step/5%/s1": "unreadable",
-        "old/imagenet/step/5%/s2": "done", "gpu/coco/linear/5%/s0": "done",
+    assert notes == {
+        "backup/imagenet/linear/5%/s0": ("done", ""), "old/imagenet/step/5%/s1": ("failed", "boom"),
+        "old/imagenet/step/5%/s2": ("done", ""), "gpu/coco/linear/5%/s0": ("done", ""),
     }  # fmt: skip
     assert "Elsewhere (4)" in report.build(pair).read_text()
-    assert "4 deeper directories" in report.markdown(found) and "4 deeper" in text(report.render_terminal(pair, found))
+
+
+def test_status_and_report_count_the_same_and_say_where_the_rest_is_reported(pair):
+    put(pair / "own", "imagenet", "linear", "5%", 0, 0.10)
+    shutil.copytree(pair / "imagenet/step/5%", pair / "old/imagenet/step/5%")
+    notes = {str(e.path.relative_to(pair)): e.note for e in report.survey(pair).elsewhere}
+    assert notes["old/imagenet/step/5%/s1"] == f"the same result as in {pair / 'imagenet/step/5%/s1'}"
+    assert notes["own/imagenet/linear/5%/s0"] == ""
+    said = (
+        f"Not counted here: 4 runs of another out= deeper below, which have a report of their own: "
+        f"mode=report out={pair / 'old'} (3); mode=report out={pair / 'own'} (1)."
+    )
+    shown = text(status.render(status.rows(pair)), 1000), text(report.render_terminal(pair), 1000)
+    assert all(said in one and "12 done" in one and "unreadable" not in one for one in shown)
+    assert said in report.markdown(report.survey(pair)).replace("\\", "")
+    assert said in report.build(pair).read_text()
+    assert report.survey(pair / "own").counts["done"] == 1
 
 
 def test_a_copy_of_a_damaged_cell_does_not_stand_for_it(pair):
@@ -754,8 +955,11 @@ def test_csv_has_secondary_metrics(tmp_path):
 def test_markdown_against_literals(pair):
     lines = report.markdown(report.survey(pair)).splitlines()
     assert "| schedule | 5% | 100% |" in lines
-    assert "| *linear − step* | +2.00 | −1.00 |" in lines
-    assert "| linear | **52.00 ± 1.00**<br>paper 57.26 ± 0.24 | 69.00 ± 2.00<br>paper 69.33 ± 0.12 |" in lines
+    assert "| *linear − step* | +2.00<br>+2.00 to +2.00 | −1.00<br>−3.48 to +1.48 |" in lines
+    start = "- 5%: linear 52.00 ± 1.00 (3 seeds), runner-up step 50.00 ± 1.00, difference +2.00 pp: "
+    assert start + "95% interval +2.00 pp to +2.00 pp, told apart." in lines
+    start = "- 100%: step 70.00 ± 1.00 (3 seeds), runner-up linear 69.00 ± 2.00, difference +1.00 pp: "
+    assert start + "95% interval −1.48 pp to +3.48 pp, not told apart." in lines
 
 
 def test_an_empty_directory_says_how_to_begin(tmp_path):
