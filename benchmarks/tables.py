@@ -372,7 +372,21 @@ def apart(difference: Summary) -> bool:
 
 def answers(grid: Grid) -> list[str]:
     """A line per budget: the best schedule, the runner-up, and whether their difference is larger than chance."""
-    return [_answer(grid, b, *order) for b in grid.budgets if (order := _first_two(grid, b))]
+    lines = []
+    for budget in grid.budgets:
+        finished = [s for s in grid.schedules if grid.squares[s, budget].values]
+        if order := _first_two(grid, budget):
+            lines.append(_answer(grid, budget, *order))
+        elif len(finished) == 1:
+            s = grid.squares[finished[0], budget].summary
+            lines.append(f"{budget}: {finished[0]} {percent(s)} ({_seeds(s.n)}), no other schedule to compare with.")
+        elif finished:
+            lines.append(f"{budget}: {len(finished)} schedules, but not of equal seeds: none is called the best.")
+    return lines
+
+
+def _seeds(n: int) -> str:
+    return f"{n} seed{'s' if n != 1 else ''}"
 
 
 def _first_two(grid: Grid, budget: str) -> tuple[str, str] | None:
@@ -384,13 +398,12 @@ def _first_two(grid: Grid, budget: str) -> tuple[str, str] | None:
 def _answer(grid: Grid, budget: str, first: str, second: str) -> str:
     one, two = grid.squares[first, budget], grid.squares[second, budget]
     d = paired(one.values, two.values)
-    seeds = f"{d.n} seed{'s' if d.n != 1 else ''}"
     if d.n == 1:
         judged = "not told apart, one seed has no interval"
     else:
         judged = f"95% interval {points(d.low, 2)} to {points(d.high, 2)}, {'' if apart(d) else 'not '}told apart"
     return (
-        f"{budget}: {first} {percent(one.summary)} ({seeds}), runner-up {second} {percent(two.summary)}, "
+        f"{budget}: {first} {percent(one.summary)} ({_seeds(d.n)}), runner-up {second} {percent(two.summary)}, "
         f"difference {points(d.mean, 2)}: {judged}."
     )
 

@@ -533,6 +533,15 @@ def test_a_budget_s_best_is_told_from_the_runner_up_only_beyond_chance(tmp_path,
     assert tables.leader(grid).endswith(where)
 
 
+def test_a_budget_without_two_of_equal_seeds_has_no_best(tmp_path):
+    put_values(tmp_path, linear=(0.40, 0.44))
+    (grid,), _ = tables.grids(scan(tmp_path))
+    assert tables.answers(grid) == ["5%: linear 42.00 ± 2.83 (2 seeds), no other schedule to compare with."]
+    put_values(tmp_path, mine=(0.9,))
+    (grid,), _ = tables.grids(scan(tmp_path))
+    assert tables.answers(grid) == ["5%: 2 schedules, but not of equal seeds: none is called the best."]
+
+
 def test_without_step_others_are_compared_with_linear_or_the_best(tmp_path):
     put_values(tmp_path, mine=(0.50, 0.52), cosine=(0.45, 0.46), rex=(0.47, 0.48))
     (grid,), _ = tables.grids(scan(tmp_path))
