@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from budgeted.cells import digest
+from tasks import tiny
 
 BUDGETS = ("1%", "5%", "10%", "25%", "50%", "100%")
 # task -> metric, rule, full iterations, batch, value at 1% and at 100%, training and validation samples
@@ -69,7 +70,7 @@ def record(task: str, schedule: str, budget: str, seed: int, signature: str, rng
         "parts": [{"step": 0, "code": "0" * 12, "world_size": 1, "device": "synthetic"}],
         "data": {
             "name": task, "root": f"/data/{task}", "n_train": n_train, "n_val": n_val, "missing": 0,
-            "classes": 10, "digest": hashlib.sha256(task.encode()).hexdigest()[:12],
+            "classes": 10, "digest": tiny.digest(task) if task in tiny.COUNTS else digest({"of": task})[:12],
         },
         "weights_sha256": hashlib.sha256(f"{task}{schedule}{budget}{seed}".encode()).hexdigest(),
         "versions": {"torch": "2.14.1", "python": "3.11.7"}, "git": {"commit": "0" * 40, "dirty": False},

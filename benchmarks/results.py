@@ -22,8 +22,9 @@ log = logging.getLogger("budgeted")
 MAX_BYTES = 1 << 20  # a larger result.json or state.json is refused unread
 FRACTIONS = frozenset({"top1", "top5", "box_ap", "mask_ap", "miou"})
 STATES = ("running", "partial", "failed", "done")
-AMOUNT = re.compile(r"\+?((?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d{1,3})?)\s*(%|it|ep|im|min|h|gpuh|flop)", re.IGNORECASE)
+AMOUNT = re.compile(r"\+?((?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d{1,3})?)\s*(%|it|ep|im|s|min|h|gpuh|flop)", re.IGNORECASE)
 FAMILY = {
+    "s": "clock",
     "min": "clock",
     "h": "clock",
     "gpuh": "gpuh",
@@ -74,16 +75,15 @@ def clean(text: object, limit: int = 300) -> str:
 
 
 def amount(budget: str) -> tuple[str, float]:
-    """(family, size) of an amount as written; h is given in minutes. BadFile for anything else.
+    """(family, size) of an amount as written; the clock's in minutes. BadFile for anything else.
 
-    5% -> ("fraction", .05), 45min -> ("clock", 45), 3h -> ("clock", 180), 8gpuh -> ("gpuh", 8);
+    5% -> ("fraction", .05), 45min -> ("clock", 45), 90s -> ("clock", 1.5), 3h -> ("clock", 180), 8gpuh -> ("gpuh", 8);
     it, ep and im -> ("fraction", NaN): only result.json knows their fraction.
     """
     size, unit = written(budget)
     if unit == "%":
         return "fraction", size / 100
-    if unit == "h":
-        size *= 60
+    size *= {"h": 60, "s": 1 / 60}.get(unit, 1)
     return FAMILY.get(unit, "fraction"), size if unit in FAMILY else math.nan
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from benchmarks.published import RECIPES, Published, beside, notes
 from benchmarks.results import BadFile, Entry, amount, cell_of, clean, written
 from benchmarks.statistics import Summary, mean_ranks, paired, summarize
+from tasks import tiny
 
 PAIR = ("linear", "step")  # the comparison of the paper
 ORDER = (
@@ -163,16 +164,20 @@ def grids(entries: Iterable[Entry]) -> tuple[list[Grid], list[Entry]]:
     recorded = any(e.asked is not None for e in entries)
     groups, left = by_recipe(entries)
     made = []
-    for key in sorted(groups, key=lambda key: (is_tiny(key[0]), bool(key[1]), _place(key[0]), key)):
+    embedded = {key: is_embedded(*key[:2], [e.result for e in runs if e.result]) for key, runs in groups.items()}
+    for key in sorted(groups, key=lambda key: (embedded[key], bool(key[1]), _place(key[0]), key)):
         if rows := _without_tries(groups[key]):
             task, departures, data = key
             made += [replace(grid, data=data) for grid in _recipe_grids(task, departures, rows, recorded)]
     return made, left
 
 
-def is_tiny(task: str) -> bool:
-    """Whether a task is one of the generated, embedded ones."""
-    return task.endswith("_tiny")
+def is_embedded(task: str, departures: Iterable[Departure], runs: Iterable[dict[str, Any]]) -> bool:
+    """Whether these runs are of generated data: a *_tiny task may have been given others by data.root."""
+    if not task.endswith("_tiny") or any(d.key == DATA for d in departures):
+        return False
+    found = {run["data.digest"] for run in runs} - {None, ""}
+    return not found or task not in tiny.COUNTS or found <= {tiny.digest(task)}
 
 
 def _without_tries(entries: list[Entry]) -> list[Entry]:
@@ -415,7 +420,11 @@ def percent(s: Summary) -> str:
 
 def caveat(grid: Grid) -> str:
     """What a table of generated data is good for, "" for others."""
-    return "Embedded data: this shows that the code path works, not how a schedule fares." if is_tiny(grid.task) else ""
+    return "Embedded data: this shows that the code path works, not how a schedule fares." if _is_embedded(grid) else ""
+
+
+def _is_embedded(grid: Grid) -> bool:
+    return is_embedded(grid.task, grid.departures, grid.runs)
 
 
 def remarks(grid: Grid) -> list[str]:
@@ -517,7 +526,7 @@ def sentence(verdicts: Sequence[Verdict], full: bool = False) -> str:
 
 def speaking(all_grids: Sequence[Grid]) -> list[Grid]:
     """The grids that a first screen speaks of: embedded data only where there are no others."""
-    real = [g for g in all_grids if not is_tiny(g.task)]
+    real = [g for g in all_grids if not _is_embedded(g)]
     return real if any(g.runs for g in real) else list(all_grids)
 
 

@@ -193,7 +193,13 @@ def test_an_unfinished_budget_has_its_place_by_another_of_its_unit(tmp_path):
 
 @pytest.mark.parametrize(
     "written, meant",
-    [("5%", ("fraction", 0.05)), ("45min", ("clock", 45)), ("1.5h", ("clock", 90)), ("3e17flop", ("flop", 3e17))],
+    [
+        ("5%", ("fraction", 0.05)),
+        ("45min", ("clock", 45)),
+        ("90s", ("clock", 1.5)),
+        ("1.5h", ("clock", 90)),
+        ("3e17flop", ("flop", 3e17)),
+    ],
 )
 def test_amounts(written, meant):
     assert amount(written) == meant
@@ -487,6 +493,13 @@ def test_equal_values_and_seeds_on_two_data_sets_are_no_duplicates(tmp_path):
     on(tmp_path, "linear", 0, 0.2, "0a1b2d", digest="b" * 12, root="/pC")
     found = report.survey(tmp_path)
     assert not found.left and [float(g.means()[0, 0]) for g in found.grids] == [0.3, 0.2]
+
+
+def test_real_data_given_to_a_tiny_task_are_not_called_embedded(tmp_path):
+    for seed in (0, 1):
+        data = run("imagenet_tiny", "linear", "5%", seed, 0.5)
+        write_run(tmp_path, data | {"data": data["data"] | {"digest": "c" * 12, "root": "/data/photos"}})
+    assert "Embedded data" not in text(report.render_terminal(tmp_path), 1000)
 
 
 def test_own_data_speak_first_and_embedded_ones_only_alone(tmp_path):
