@@ -600,7 +600,7 @@ def test_data_workers_end_with_their_run_even_while_they_hang(engine, tmp_path, 
     for number in numbers:
         faults.kill(process, number)
         time.sleep(0.05)
-    process.join(10)
+    process.join(60)
     assert process.exitcode == (130 if numbers[0] == signal.SIGINT else -signal.SIGKILL)
     faults.last_one_gone(process.pid, limit=5)
     assert "Traceback" not in log.read_text(), log.read_text()
