@@ -360,7 +360,7 @@ def test_a_probe_prices_its_own_work_and_overwrites_no_other(slow, tmp_path):
     files = sorted(p.name for p in (tmp_path / "probe").iterdir())
     assert files == sorted(f"imagenet_tiny-resnet_narrow-fp32-{r.work}.json" for r in (named, other))
     assert (
-        first["flop_per_sample"] > 1e6 and first["evaluations"] == 1 and 0.35 < first["eval_seconds"] < 2
+        first["flop_per_sample"] > 1e6 and first["evaluations"] == 1 and 0.35 < first["eval_seconds"] < 8
     )  # forty samples, two workers
     row = price(cell(tmp_path, "task.batch_size=8", "budget.amount=10it"))
     assert row["training"] == pytest.approx(80 / first["samples_per_second"])
