@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import statistics
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,45 +25,54 @@ from tasks import base
 log = logging.getLogger("budgeted")
 
 
-ROUNDS = 5
+WARM = 2  # iterations that are not measured
 
 
-def lengths(workers: int) -> tuple[int, int]:
-    """Iterations to warm up for, and of each of the ROUNDS that are measured.
-
-    A loader has two batches a worker in hand before the first step, which come at no wait: they are in the warm-up.
-    Batches of slow data come as many at a time as there are workers: a round has whole lots of them.
-    """
+def measured(workers: int) -> int:
+    """Iterations to measure. Slow data come as many batches at a time as there are workers: five whole lots of them."""
     lot = max(1, workers)
-    return max(2, 2 * workers + 1), lot * math.ceil(3 / lot)
+    return 5 * lot * math.ceil(3 / lot)
 
 
 class Pace(Session):
-    """A session that notes when its rounds end; evaluated only at its end, where `plan.evaluate` asks for it."""
+    """A session whose measured iterations start with nothing in hand; evaluated only where `plan.evaluate` asks for it.
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.marks: list[tuple[float, float, int]] = []  # seconds, of them waiting for data, and samples so far
+    A loader gets two batches a worker ahead while the first steps are made, or whenever the machine stalls. Trained on,
+    they would come at no wait, and slow data would look fast: they are thrown away, outside the clock.
+    """
+
+    def __init__(self, recipe: Recipe, world: World, device: torch.device) -> None:
+        workers = recipe.cfg["data"]["workers"]
+        self.spare, self.end = 2 * workers, WARM + measured(workers)
+        total = self.end + self.spare
+        super().__init__(replace(recipe, total=total, seconds=None), total, world, device)
+        self.marks: list[tuple[int, float, float]] = []  # samples, seconds, of them waiting: before and after
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.end
+
+    def _timed(self, source: Any) -> Iterator[Any]:  # XXX
+        batches = iter(source)
+        while self.step < WARM:
+            yield from super()._timed(itertools.islice(batches, len(self.pieces())))
+        with self.clock.paused():
+            for _ in range(self.spare - self.spare % len(self.pieces())):
+                next(batches)
+        yield from super()._timed(batches)
 
     def after_step(self, loss: torch.Tensor | float) -> None:
-        warm, measured = lengths(self.cfg["data"]["workers"])
-        ends = self.step + 1 >= warm and (self.step + 1 - warm) % measured == 0
-        if ends and self.device.type == "cuda":
+        marked = self.step + 1 in (WARM, self.end)
+        if marked and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # steps that are only queued are not made yet
         super().after_step(loss)
-        if ends:
-            self.marks.append((self.clock.elapsed, self.clock.wait_seconds, self.samples))
+        if marked:
+            self.marks.append((self.samples, self.clock.elapsed, self.clock.wait_seconds))
 
     def pace(self) -> tuple[float, float]:
-        """(samples per second, share of the time that was waiting for data) of the median round.
-
-        A mean would take in the round that follows a stall of the machine, for which the data are all there.
-        """
-        rounds = [tuple(b - a for a, b in zip(*pair, strict=True)) for pair in itertools.pairwise(self.marks)]
-        return (
-            statistics.median(samples / seconds for seconds, _, samples in rounds),
-            statistics.median(waiting / seconds for seconds, waiting, _ in rounds),
-        )
+        """(samples per second, share of the time that was waiting for data)."""
+        samples, seconds, waiting = (after - before for before, after in zip(*self.marks, strict=True))
+        return samples / seconds, waiting / seconds
 
     def evaluate(self) -> None:
         if self.finished and self.cfg["plan"]["evaluate"]:
@@ -111,8 +120,6 @@ def measure(recipe: Recipe) -> dict[str, Any]:
 def _train(recipe: Recipe, scratch: Path, world: World, device: Any) -> tuple[Pace, int | None]:
     """The session of the iterations made, and the FLOPs of one; None where they cannot be counted."""
     cfg = {**recipe.cfg, "checkpoint": {"every": "100%", "minutes": 1e9}}
-    warm, measured = lengths(cfg["data"]["workers"])
-    total = warm + ROUNDS * measured
     cell = replace(recipe.cell, out=scratch)
     cell.directory.mkdir(parents=True)
     adapter = base.adapter_of(cfg)(cfg, recipe.data, device)
@@ -121,7 +128,7 @@ def _train(recipe: Recipe, scratch: Path, world: World, device: Any) -> tuple[Pa
     except UserError as error:
         log.warning("a budget of FLOPs cannot be priced: %s", error)
         flop = None
-    session = Pace(replace(recipe, cfg=cfg, cell=cell, total=total, seconds=None), total, world, device)
+    session = Pace(replace(recipe, cfg=cfg, cell=cell), world, device)
     try:
         adapter.build(session)
         adapter.train(session)
