@@ -207,8 +207,9 @@ def _standfirst(found: Survey) -> list[str]:
     if not known:
         return ["One seed per cell: no interval can be given."] if spoken else []
     ahead, behind = sum(d.low > 0 for d in known), sum(d.high < 0 for d in known)
-    line = f"The 95% interval of the paired difference is above zero at {ahead} of {len(known)}"
-    return [line + (f" and below it at {behind}." if behind else ".")]
+    first, second = spoken[0].first, spoken[0].second
+    line = f"The 95% interval of {first} − {second} leaves zero for {first} at {ahead} of {len(known)}"
+    return [line + (f" and for {second} at {behind}." if behind else ".")]
 
 
 def _colophon(found: Survey, skipped: int, undrawn: int) -> page.Html:

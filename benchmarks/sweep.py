@@ -80,7 +80,7 @@ def _say_of_done(done: Sequence[Recipe]) -> None:
     """That they were made by other code, or where their data were, if that may matter."""
     here = code.digest(code.files())
     parts = [(recipe.cell.result() or {}).get("parts") or [] for recipe in done]
-    others = sum(any(part.get("code") != here for part in made) for made in parts)
+    others = sum(not made or any(part.get("code") != here for part in made) for made in parts)
     if others and done[0].cfg["code"] != "ignore":
         log.warning("%d of the done cells were made by other code than this; another out= makes them anew", others)
     roots = Counter(filter(None, (recipe.other_root() for recipe in done)))

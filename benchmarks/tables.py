@@ -344,7 +344,8 @@ def compare(grid: Grid, first: str = PAIR[0], second: str = PAIR[1]) -> Verdict 
 
 def baseline(grid: Grid) -> str:
     """The schedule that others are compared with: linear, the paper's proposal, or else the best by mean rank."""
-    return PAIR[0] if PAIR[0] in grid.schedules else grid.schedules[0]
+    finished = [s for s in grid.schedules if any(grid.squares[s, b].values for b in grid.budgets)] or grid.schedules
+    return PAIR[0] if PAIR[0] in finished else finished[0]
 
 
 def differences(grid: Grid) -> list[Verdict]:
@@ -364,7 +365,8 @@ def differences_text(grid: Grid) -> str:
     if not shown:
         return ""
     base = baseline(grid)
-    why = "the paper's proposal" if base == PAIR[0] else "the best by mean rank"
+    best = "the best by mean rank" if grid.ranks().get(base, math.nan) > 0 else "the first with results"
+    why = "the paper's proposal" if base == PAIR[0] else best
     interval = ", with their 95% interval" if any(d.n > 1 for v in shown for d in v.differences.values()) else ""
     cut = f" The first {MOST_COMPARED} are shown." if len(grid.schedules) > MOST_COMPARED + 1 else ""
     return f"Differences: points, paired over equal seeds{interval}; the baseline is {base}, {why}.{cut}"
@@ -407,9 +409,13 @@ def _answer(grid: Grid, budget: str, first: str, second: str) -> str:
         judged = "not told apart, one seed has no interval"
     else:
         judged = f"95% interval {points(d.low, 2)} to {points(d.high, 2)}, {'' if apart(d) else 'not '}told apart"
+    means = grid.comparable(budget)
+    unequal = [s for s in grid.schedules if grid.squares[s, budget].values and s not in means]
+    rest = f" and {len(unequal) - MOST_LISTED} more" if len(unequal) > MOST_LISTED else ""
+    left = f" Left out for want of equal seeds: {', '.join(unequal[:MOST_LISTED])}{rest}." if unequal else ""
     return (
         f"{budget}: {first} {percent(one.summary)} ({_seeds(d.n)}), runner-up {second} {percent(two.summary)}, "
-        f"difference {points(d.mean, 2)}: {judged}."
+        f"difference {points(d.mean, 2)}: {judged}.{left}"
     )
 
 

@@ -142,9 +142,10 @@ def _parsed(amount: str) -> tuple[Fraction, str]:
     number, unit = match.groups()
     if unit not in UNITS:
         wrong = f"unknown unit {unit!r}" if unit else "no unit"
-        near = max(
-            (u for u in UNITS if unit.lower().startswith(u)), key=len, default=None
-        )  # "epochs", "sec", "minutes"
+        word = (
+            unit.lower().replace("step", "it").replace("sample", "im")
+        )  # as "epochs", "sec", "minutes" begin with ours
+        near = max((u for u in UNITS if word.startswith(u)), key=len, default=None)
         raise UserError(f"budget.amount={amount}: {wrong}; write {f'{number}{near}, or ' if near else ''}{FORMS}")
     value = Fraction(number)
     if value <= 0:

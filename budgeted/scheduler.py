@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from array import array
 from collections.abc import Callable
 from typing import Any
@@ -38,7 +39,7 @@ class BudgetedLR(LRScheduler):
         total: int | None = None,
         progress: Callable[[], float] | None = None,
     ) -> None:
-        if (total is None) == (progress is None) or not (total is None or (isinstance(total, int) and total >= 1)):
+        if (total is None) == (progress is None) or not (total is None or _is_count(total)):
             given = f"total={total!r}, progress={progress!r}"
             raise ValueError(
                 f"give either total, a number of iterations (see Budget), or progress, a function; got {given}"
@@ -50,7 +51,7 @@ class BudgetedLR(LRScheduler):
         self.schedule = schedule
         self._factor = getattr(schedule, "factor", schedule)
         self._momentum = getattr(schedule, "momentum_at", None)
-        if self._momentum is not None and hasattr(optimizer, "eval"):
+        if self._momentum is not None and "schedulefree" in type(optimizer).__module__:
             raise ValueError(f"the schedule moves the momentum, by which {type(optimizer).__name__} averages")
         self._clock = progress
         for group in optimizer.param_groups:
@@ -106,3 +107,10 @@ class BudgetedLR(LRScheduler):
             raise ValueError(f"saved under a budget of {state_dict['total']} iterations, this one has {self.total}")
         self.base_lrs = list(state_dict["base_lrs"])
         self.set_step(state_dict["step"])
+
+
+def _is_count(total: Any) -> bool:
+    try:
+        return operator.index(total) >= 1
+    except TypeError:
+        return False

@@ -432,10 +432,14 @@ class Session:
         for name in _COUNTERS:
             setattr(self, name, content["counters"][name] + 0)  # a TypeError where it is no number
         self.clock.restore(content["counters"], content["clock"])
-        self._take_parts(content["parts"], content["code"])
+        self._take_parts(content.get("parts", []), content.get("code", {}))
 
     def _take_parts(self, parts: list[dict[str, Any]], files: dict[str, str]) -> None:
         """What the run was made by so far, and is from here on. Says what is not the same; code=stop refuses code."""
+        if not parts:  # in a checkpoint of before; what is known begins here
+            log.warning("%s goes on at step %d, to which it came by code that is not known", self.cell.name, self.step)
+            self.parts[0]["step"] = self.step
+            return
         before, here = parts[-1], self.parts[-1]
         odd = {k: (before[k], here[k]) for k in ("code", "world_size", "device") if before[k] != here[k]}
         self.parts = [*parts, {**here, "step": self.step}] if odd else parts
@@ -455,8 +459,8 @@ class Session:
         lines = _difference({**saved, "T": content["total"]}, {**self.recipe.fields, "T": self.horizon})
         if lines:
             raise ValueError(f"{self.cell.checkpoint} is of another recipe: {'; '.join(lines)}")
-        theirs, own = content["data"], self.recipe.data
-        if own.digest and theirs["digest"] not in (None, own.digest):
+        theirs, own = content.get("data", {}), self.recipe.data  # a checkpoint of before has none
+        if own.digest and theirs.get("digest") not in (None, own.digest):
             raise ValueError(f"{self.cell.checkpoint} is of other data, in {theirs['root']}: give another out=")
 
     def _open_journal(self, mark: dict[str, Any] | None) -> None:

@@ -72,7 +72,7 @@ def of_torchvision(model: str) -> dict[str, str]:
             continue
         body = text[text.find(f"\nclass {enum[1]}(") :]
         body = body[: body.find("\n\n\n")]
-        found = dict(re.findall(r'^    (\w+) = Weights\(\s+url="([^"]+)"', body, re.MULTILINE))
+        found = dict(re.findall(r'^    (\w+) = Weights\((?:\s*#[^\n]*)*\s+url="([^"]+)"', body, re.MULTILINE))
         return found | {k: found[v] for k, v in re.findall(r"^    (\w+) = (\w+)$", body, re.MULTILINE) if v in found}
     return {}
 

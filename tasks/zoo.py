@@ -127,7 +127,7 @@ def weight_names() -> set[str]:
     if not found or not found.submodule_search_locations:
         return set()
     folder = Path(found.submodule_search_locations[0], "model_zoo")
-    trained = re.findall(r'"([\w./-]+)": "(\d+/model_final_\w+\.pkl)"', (folder / "model_zoo.py").read_text())
+    trained = re.findall(r'"([\w./-]+)": "(\d+/model_\w+\.pkl)"', (folder / "model_zoo.py").read_text())
     texts = (path.read_text() for path in folder.glob("configs/**/*.yaml"))
     named = {name for text in texts for name in re.findall(r'detectron2://([^"\s]+)', text)}
     return {*named, *("/".join(pair) for pair in trained), "ImageNetPretrained/torchvision/R-50.pkl"}

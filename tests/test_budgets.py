@@ -79,7 +79,7 @@ def test_flops_by_the_cost_of_an_iteration():
 
 @pytest.mark.parametrize(
     ("amount", "right"),
-    [("10epochs", "10ep"), ("500iters", "500it"), ("45sec", "45s"), ("3minutes", "3min"), ("2hours", "2h"), ("1GPUhours", "1gpuh")],
+    [("10epochs", "10ep"), ("500iters", "500it"), ("45sec", "45s"), ("3minutes", "3min"), ("2hours", "2h"), ("1GPUhours", "1gpuh"), ("900steps", "900it"), ("1e6samples", "1e6im")],
 )  # fmt: skip
 def test_a_unit_written_out_is_answered_with_ours(amount, right):
     with pytest.raises(UserError, match=f"unknown unit .* write {right}, or an amount such as"):

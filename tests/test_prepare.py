@@ -406,6 +406,15 @@ def test_what_prepare_left_out_is_counted_and_said(kinetics):
     assert layouts.lost_before(to) == {}
 
 
+def test_where_the_class_of_a_clip_left_out_is_not_known_nor_is_the_digest(kinetics):
+    """As of loose clips: with another digest, the very data it was made from would be refused."""
+    to = kinetics.parent / "k400-16"
+    run(kinetics, "video", short_side=16)
+    assert look(to, "video").digest
+    (to / "missing.txt").write_text("train/v1_000001_000011.mp4: absent\n")
+    assert look(to, "video").digest is None
+
+
 def test_a_copy_of_a_copy_keeps_what_is_missing(kinetics):
     run(kinetics, "video", short_side=20)
     run(kinetics.parent / "k400-20", "video", short_side=16)

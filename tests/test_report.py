@@ -502,6 +502,26 @@ def test_real_data_given_to_a_tiny_task_are_not_called_embedded(tmp_path):
     assert "Embedded data" not in text(report.render_terminal(tmp_path), 1000)
 
 
+def test_a_schedule_that_is_not_compared_is_named_and_so_is_the_side_of_an_interval(tmp_path):
+    for seed, shift in enumerate((-0.001, 0.0, 0.001)):
+        put(tmp_path, "imagenet", "step", "5%", seed, 0.4 + 2 * shift)
+        put(tmp_path, "imagenet", "linear", "5%", seed, 0.3 + shift)
+        if seed:
+            put(tmp_path, "imagenet", "rex", "5%", seed, 0.9 + shift)
+    shown = text(report.render_terminal(tmp_path), 1000)
+    assert "told apart. Left out for want of equal seeds: rex." in shown
+    assert "The 95% interval of linear − step leaves zero for linear at 0 of 1 and for step at 1." in shown
+
+
+def test_a_baseline_that_has_no_rank_is_not_called_the_best(tmp_path):
+    for seed, shift in enumerate((-0.001, 0.0, 0.001)):
+        put(tmp_path, "imagenet", "rex", "5%", seed, 0.4 + shift)
+        if seed:
+            put(tmp_path, "imagenet", "cosine", "5%", seed, 0.3 + 2 * shift)
+    shown = text(report.render_terminal(tmp_path), 1000)
+    assert "the baseline is cosine, the first with results" in shown and "by mean rank" not in shown
+
+
 def test_own_data_speak_first_and_embedded_ones_only_alone(tmp_path):
     for schedule, value in (("linear", 0.9), ("step", 0.1)):
         put(tmp_path, "imagenet_tiny", schedule, "5%", 0, value)

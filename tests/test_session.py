@@ -597,6 +597,16 @@ def test_other_code_is_refused_or_passed_over_as_the_option_says(toy, monkeypatc
     assert not any("other code" in line for line in said)
 
 
+def test_a_checkpoint_of_before_goes_on(toy, said):
+    toy().train(stop_at=12)
+    content = checkpoint.load(toy().recipe.cell.checkpoint)
+    for key in ("parts", "code", "data"):
+        del content[key]
+    checkpoint.save(toy().recipe.cell.checkpoint, content)
+    assert [part["step"] for part in toy().train()["parts"]] == [10]
+    assert any("goes on at step 10, to which it came by code that is not known" in line for line in said)
+
+
 def test_another_number_of_processes_is_said(toy, said):
     toy().train(stop_at=12)
     content = checkpoint.load(toy().recipe.cell.checkpoint)
