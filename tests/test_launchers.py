@@ -246,7 +246,8 @@ def test_cells_that_other_code_made_are_counted(tmp_path, said):
             }
         )
     assert sweep.run(("seed=0,1,2", f"out={tmp_path}"), None, None) == 0
-    assert "1 of the done cells were made by other code than this; another out= makes them anew" in said
+    # One says so; one is of before results said it.
+    assert "2 of the done cells were made by other code than this; another out= makes them anew" in said
 
 
 def test_a_job_from_other_code_says_so_or_stops(submitted, tmp_path):
