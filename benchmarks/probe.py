@@ -52,7 +52,7 @@ class Pace(Session):
     def finished(self) -> bool:
         return self.step >= self.end
 
-    def _timed(self, source: Any) -> Iterator[Any]:  # XXX
+    def _timed(self, source: Any) -> Iterator[Any]:
         batches = iter(source)
         while self.step < WARM:
             yield from super()._timed(itertools.islice(batches, len(self.pieces())))

@@ -411,8 +411,7 @@ def _answer(grid: Grid, budget: str, first: str, second: str) -> str:
         judged = f"95% interval {points(d.low, 2)} to {points(d.high, 2)}, {'' if apart(d) else 'not '}told apart"
     means = grid.comparable(budget)
     unequal = [s for s in grid.schedules if grid.squares[s, budget].values and s not in means]
-    rest = f" and {len(unequal) - MOST_LISTED} more" if len(unequal) > MOST_LISTED else ""
-    left = f" Left out for want of equal seeds: {', '.join(unequal[:MOST_LISTED])}{rest}." if unequal else ""
+    left = f" Left out for want of equal seeds: {_listed(unequal)}." if unequal else ""
     return (
         f"{budget}: {first} {percent(one.summary)} ({_seeds(d.n)}), runner-up {second} {percent(two.summary)}, "
         f"difference {points(d.mean, 2)}: {judged}.{left}"
@@ -445,11 +444,9 @@ def _work(grid: Grid) -> list[str]:
         made = {s: n for s in grid.schedules if (n := iterations(grid.squares[s, budget])) is not None}
         if len(made) < 2 or max(made.values()) <= (1 + ALIKE) * min(made.values()):
             continue
-        listed = ", ".join(f"{s} {n:,.0f}" for s, n in sorted(made.items(), key=lambda item: -item[1])[:MOST_LISTED])
-        more = f" and {len(made) - MOST_LISTED} more" if len(made) > MOST_LISTED else ""
+        listed = _listed([f"{s} {n:,.0f}" for s, n in sorted(made.items(), key=lambda item: -item[1])])
         lines.append(
-            f"{budget} gave the schedules unequal iterations ({listed}{more}): "
-            "the machine and its load are ranked, too."
+            f"{budget} gave the schedules unequal iterations ({listed}): the machine and its load are ranked, too."
         )
     return lines
 
@@ -490,8 +487,12 @@ def _made_by(grid: Grid) -> list[str]:
 
 
 def _names(entries: Sequence[Entry]) -> str:
-    names = ["/".join(entry.path.parts[-3:]) for entry in entries[:MOST_LISTED]]
-    return clean(", ".join(names), 1000) + (f" and {n} more" if (n := len(entries) - MOST_LISTED) > 0 else "")
+    return _listed([clean("/".join(entry.path.parts[-3:]), 200) for entry in entries])
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first few, and how many more there are."""
+    return ", ".join(names[:MOST_LISTED]) + (f" and {n} more" if (n := len(names) - MOST_LISTED) > 0 else "")
 
 
 def points(value: float, digits: int = 1) -> str:

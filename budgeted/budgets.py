@@ -142,9 +142,8 @@ def _parsed(amount: str) -> tuple[Fraction, str]:
     number, unit = match.groups()
     if unit not in UNITS:
         wrong = f"unknown unit {unit!r}" if unit else "no unit"
-        word = (
-            unit.lower().replace("step", "it").replace("sample", "im")
-        )  # as "epochs", "sec", "minutes" begin with ours
+        # As "epochs", "sec" and "minutes" do, what is written out begins with one of ours.
+        word = unit.lower().replace("step", "it").replace("sample", "im")
         near = max((u for u in UNITS if word.startswith(u)), key=len, default=None)
         raise UserError(f"budget.amount={amount}: {wrong}; write {f'{number}{near}, or ' if near else ''}{FORMS}")
     value = Fraction(number)

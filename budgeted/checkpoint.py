@@ -234,8 +234,7 @@ def load(path: str | Path) -> dict[str, Any] | None:
 
 
 def weights(path: str | Path) -> dict[str, Any]:
-    """The state dict that a finished run was evaluated with, of which its `weights_sha256` is; of one
-    that goes on, what it trains.
+    """The state dict that a finished run was evaluated with (its `weights_sha256` is of that), or what another trains.
 
     They differ where the evaluated ones are averages, or have batch-norm statistics of their own.
 

@@ -80,15 +80,18 @@ class Recipe:
 
     def other_root(self) -> str | None:
         """Where the data of this cell's result were, if not here and not known to be the same. It counts as done."""
-        theirs = (self.cell.result() or {}).get("data") or {}
+        theirs = self._data_of_result()
         if self.data.digest and theirs.get("digest") == self.data.digest:
             return None
         root = theirs.get("root")
         return root if root and root != str(self.data.root.resolve()) else None
 
+    def _data_of_result(self) -> dict[str, Any]:
+        return (self.cell.result() or {}).get("data") or {}
+
     def refuse_other_data(self) -> None:
         """Raise UserError where the cell's result is of other data than these. Paths are no part of a cell."""
-        theirs = (self.cell.result() or {}).get("data") or {}
+        theirs = self._data_of_result()
         if self.data.digest and theirs.get("digest") not in (None, self.data.digest):
             raise UserError(
                 f"{self.cell.directory} holds a result on other data, of {theirs.get('root')}, than those of "
